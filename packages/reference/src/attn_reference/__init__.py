@@ -1,0 +1,1 @@
+"""The truth about attention: vocabulary, forward, LSE and gradients. Imports torch alone."""
