@@ -1,0 +1,1 @@
+"""Backends that judge torch itself."""

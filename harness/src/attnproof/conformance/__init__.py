@@ -1,0 +1,1 @@
+"""What is checked, one chapter per property."""
