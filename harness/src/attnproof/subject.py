@@ -12,6 +12,7 @@ from attn_reference.precision import Precision
 from attn_reference.problem import Problem
 
 from .backend import Description
+from .cases import shown_features
 from .inputs import make_inputs
 from .judge import judge
 from .plan import Call, CallResult, Outcome, Plan, Reply
@@ -48,14 +49,15 @@ class Subject:
     # Called with every verdict that deviates, to add the diagnosis and the heat map.
     explain: Callable[[Problem, Inputs, CallResult, Verdict], None] | None = None
     last_verdict: Verdict | None = field(default=None, init=False)
+    last_plan: Plan | None = field(default=None, init=False)
 
-    def check(self, problem: Problem, *, shows: tuple[str, ...] = (), **plan: object) -> Verdict:
-        """Run one call and judge it; ``shows`` names the features that must change the answer.
+    def check(self, problem: Problem, **plan: object) -> Verdict:
+        """Run one call and judge it; each of its ``shown_features`` must change the answer.
 
         ``plan`` are further fields of ``Plan``. Raises NotConforming for any verdict but CONFORMS.
         """
         problem, inputs = self.prepare(problem)
-        if idle := vacuous_features(problem, inputs, shows, self.precision):
+        if idle := vacuous_features(problem, inputs, shown_features(problem), self.precision):
             raise self.verdict_error(
                 Status.VACUOUS, f"{', '.join(idle)}: no effect on the answer beyond the noise"
             )
@@ -63,25 +65,31 @@ class Subject:
         return self.judge(problem, inputs, result)
 
     def prepare(self, problem: Problem) -> tuple[Problem, Inputs]:
-        """The problem under this run's seed, and its inputs; NotConforming if unsupported."""
+        """The problem under this run's seed, and its inputs.
+
+        NotConforming if the target is unavailable here or does not support the problem.
+        """
         problem = replace(problem, seed=problem.seed + self.seed)
+        if self.description.unavailable is not None:
+            raise self.verdict_error(Status.UNAVAILABLE, self.description.unavailable)
         if reasons := self.description.capabilities.unsupported_reasons(problem):
             raise self.verdict_error(Status.UNSUPPORTED, "; ".join(reasons))
         return problem, make_inputs(problem)
 
     def run(self, plan: Plan) -> list[CallResult]:
-        """Carry out a plan; NotConforming when the process did not answer every call, or a call
-        raised (unless the plan's inputs are invalid) or declared its problem unsupported."""
+        """Carry out a plan; NotConforming when the process did not answer every call, or, unless
+        the plan's inputs are invalid, a call raised or declared its problem unsupported."""
+        self.last_plan = plan
         start = time.perf_counter()
         reply = self.runner.run(plan, self.timeout)
         seconds = time.perf_counter() - start
         if reply.outcome is not Outcome.ANSWERED:
             status = Status.TIMED_OUT if reply.outcome is Outcome.TIMED_OUT else Status.CRASHED
             raise self.verdict_error(status, f"{reply.outcome}: {reply.reason}", seconds=seconds)
-        for result in reply.results:
+        for result in () if plan.invalid else reply.results:
             if result.unsupported is not None:
                 raise self.verdict_error(Status.UNSUPPORTED, result.unsupported, seconds=seconds)
-            if result.raised is not None and not plan.invalid:
+            if result.raised is not None:
                 raise self.verdict_error(
                     Status.CRASHED, f"raised {result.raised}\n{result.traceback}", seconds=seconds
                 )

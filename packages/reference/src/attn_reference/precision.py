@@ -30,13 +30,15 @@ class Precision:
     name: str
     scores: str = "fp32"  # dtype in which S (and dP, dS before their products) is kept
     probabilities: str = INPUT  # dtype of P and dS as operands of the second product
+    gradient_probabilities: str = "fp32"  # dtype of the P that dS = P (dP - Delta) is formed from
     accumulate_out: str = "fp32"
     accumulate_dq: str = "fp32"
     accumulate_dk: str = "fp32"
     accumulate_dv: str = "fp32"
-    accumulate_rows: int = 32  # rows whose sum a 16-bit dK or dV accumulator adds at a time
+    # Terms whose sum a 16-bit accumulator adds at a time: rows for dK, dV, keys for out, dQ.
+    accumulate_rows: int = 32
     products: str = INPUT  # dtype to which the operands of products are rounded: 'tf32' for fp32
-    exp_error: float = 0.0  # relative error of the exponential, beyond fp32 rounding
+    exp_error: float = 0.0  # of the exponential with 16-bit inputs, relative, beyond fp32 rounding
     tanh_error: float = 0.0  # relative error of tanh, beyond fp32 rounding
     flushes_subnormals: bool = False
 

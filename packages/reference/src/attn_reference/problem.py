@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
+
+from .problem_id import decode, encode
 
 DTYPES: Mapping[str, torch.dtype] = {
     "fp64": torch.float64,
@@ -23,6 +25,14 @@ CAUSAL_ALIGNMENTS = ("none", "top-left", "bottom-right")
 GRADIENT_NAMES = ("q", "k", "v", "bias", "sinks")
 BROADCAST_SHAPE = re.compile(r"[b1][h1][q1][k1]")
 PATTERN = re.compile(r"[a-z0-9][a-z0-9.+:-]*")
+TENSOR_NAME = re.compile(r"[a-z]+(_[a-z]+)*")
+LAYOUT = re.compile(r"[a-z0-9+]+")
+# What a field is when it is None.
+FOLLOWS = {"seqlen_k": "seqlen_q", "heads_kv": "heads_q", "head_dim_v": "head_dim"}
+SIZES = ("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v")
+INTEGERS = (*SIZES, "page_size", "seed")
+NUMBERS = ("scale", "softcap", "dropout")
+FLAGS = ("alibi", "sinks", "lse_gradient")
 
 Window = tuple[int | None, int | None]
 
@@ -70,33 +80,65 @@ class Problem:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        derived: dict[str, Any] = {}
+        """Bring every value into its one form and fill in what follows from others."""
+        self._set("gradients", tuple(n for n in GRADIENT_NAMES if n in self._gradient_names()))
+        self._set_pairs("layouts", str, "pairs of a tensor's name and a layout")
+        self._set("layouts", tuple(sorted(self.layouts)))
         if self.packed is not None:
-            packed = tuple((int(a), int(b)) for a, b in self.packed)
-            derived["packed"] = packed
-            derived["batch"] = len(packed)
-            derived["seqlen_q"] = max((a for a, _ in packed), default=0)
-            derived["seqlen_k"] = max((b for _, b in packed), default=0)
-        elif self.seqlen_k is None:
-            derived["seqlen_k"] = self.seqlen_q
-        if self.heads_kv is None:
-            derived["heads_kv"] = self.heads_q
-        if self.head_dim_v is None:
-            derived["head_dim_v"] = self.head_dim
-        if self.key_lengths is not None:
-            derived["key_lengths"] = tuple(int(n) for n in self.key_lengths)
-        derived["gradients"] = tuple(n for n in GRADIENT_NAMES if n in self.gradients)
-        derived["layouts"] = tuple(sorted(dict(self.layouts).items()))
-        unknown = set(self.gradients) - set(GRADIENT_NAMES)
-        if unknown:
-            raise ValueError(
-                f"gradients={self.gradients}: unknown {sorted(unknown)}; "
-                f"accepted are {', '.join(GRADIENT_NAMES)}"
+            self._set_pairs(
+                "packed", int, "a pair (len_q, len_k) for each sequence, each 0 or more"
             )
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
-        for complaint in self._complaints():
+            self._set("batch", len(self.packed))
+            self._set("seqlen_q", max((a for a, _ in self.packed), default=0))
+            self._set("seqlen_k", max((b for _, b in self.packed), default=0))
+        for name, follows in FOLLOWS.items():
+            if getattr(self, name) is None:
+                self._set(name, getattr(self, follows))
+        for name in ("mask", "bias"):
+            if getattr(self, name) is None:
+                self._set(f"{name}_shape", "bhqk")
+        for name in ("key_lengths", "window"):
+            if getattr(self, name) is not None:
+                self._set(name, tuple(getattr(self, name)))
+        for complaint in self._type_complaints() or self._complaints():
             raise ValueError(complaint)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _set_pairs(self, name: str, of: type, accepted: str) -> None:
+        """Make a field a tuple of pairs, which other values are read from."""
+        given = getattr(self, name)
+        try:
+            pairs = tuple((one, other) for one, other in given)
+        except (TypeError, ValueError):
+            pairs = ((None, None),)
+        if not all(isinstance(value, of) for pair in pairs for value in pair):
+            raise ValueError(f"{name}={given!r}: accepted is {accepted}")
+        self._set(name, pairs)
+
+    def _gradient_names(self) -> tuple[str, ...]:
+        names = tuple(self.gradients)
+        if unknown := sorted(set(names) - set(GRADIENT_NAMES)):
+            accepted = ", ".join(GRADIENT_NAMES)
+            raise ValueError(f"gradients={names!r}: unknown {unknown}; accepted are {accepted}")
+        return names
+
+    def _type_complaints(self) -> list[str]:
+        """Values of another type than the field's, which no comparison would survive."""
+        wrong: list[str] = []
+        for names, types, accepted in (
+            (INTEGERS, int, "an integer"),
+            (NUMBERS, (int, float), "a number"),
+            (FLAGS, bool, "True or False"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                is_bool = isinstance(value, bool) and types is not bool
+                optional = value is None and _DEFAULTS[name] is None
+                if is_bool or not (optional or isinstance(value, types)):
+                    wrong.append(f"{name}={value!r}: accepted is {accepted}")
+        return wrong
 
     def _complaints(self) -> list[str]:
         """Every way in which the values contradict each other, as sentences."""
@@ -112,13 +154,15 @@ class Problem:
             need(getattr(self, name) >= 1, name, "1 or more")
         if said:
             return said
-        need(self.heads_q % self.kv_heads == 0, "heads_q", f"a multiple of heads_kv={self.heads_kv}")
+        need(
+            self.heads_q % self.kv_heads == 0, "heads_q", f"a multiple of heads_kv={self.heads_kv}"
+        )
         need(self.dtype in DTYPES, "dtype", ", ".join(DTYPES))
         need(self.scale is None or math.isfinite(self.scale), "scale", "a finite number, or None")
         need(self.causal in CAUSAL_ALIGNMENTS, "causal", ", ".join(CAUSAL_ALIGNMENTS))
         need(
             self.window is None
-            or (len(self.window) == 2 and all(w is None or w >= 0 for w in self.window)),
+            or (len(self.window) == 2 and all(w is None or _length(w) for w in self.window)),
             "window",
             "None or (left, right), each None or 0 or more",
         )
@@ -127,33 +171,46 @@ class Problem:
         for name in ("mask", "bias", "distribution"):
             value = getattr(self, name)
             need(
-                (value is None and name != "distribution")
-                or (isinstance(value, str) and PATTERN.fullmatch(value) is not None),
+                (value is None and name != "distribution") or _matches(PATTERN, value),
                 name,
                 "the name of a pattern, lower case",
             )
         for name in ("mask_shape", "bias_shape"):
             need(
-                BROADCAST_SHAPE.fullmatch(getattr(self, name)) is not None,
+                _matches(BROADCAST_SHAPE, getattr(self, name)),
                 name,
                 "bhqk with a 1 in place of each dimension that broadcasts",
             )
+        need(
+            all(_matches(TENSOR_NAME, n) and _matches(LAYOUT, text) for n, text in self.layouts)
+            and len(dict(self.layouts)) == len(self.layouts),
+            "layouts",
+            "a pair of name and layout, such as ('q', 'bshd+offset'), for each tensor at most",
+        )
         need(self.page_size is None or self.page_size >= 1, "page_size", "None or 1 or more")
-        if self.key_lengths is not None:
+        if self.packed is not None:
+            need(
+                all(_length(n) for pair in self.packed for n in pair),
+                "packed",
+                "a pair (len_q, len_k) for each sequence, each 0 or more",
+            )
+            for name in ("key_lengths", "page_size"):
+                need(getattr(self, name) is None, name, "None when packed is given")
+        elif self.key_lengths is not None:
             need(
                 len(self.key_lengths) == self.batch
-                and all(0 <= n <= self.keys for n in self.key_lengths),
+                and all(_length(n) and n <= self.keys for n in self.key_lengths),
                 "key_lengths",
                 f"{self.batch} lengths (batch), each 0 to {self.keys} (seqlen_k)",
             )
-            need(self.packed is None, "key_lengths", "None when packed is given")
-        need(self.page_size is None or self.packed is None, "page_size", "None when packed is given")
         need(
             self.page_size is None or not {"k", "v"} & set(self.gradients),
             "gradients",
             "without k and v when page_size is given",
         )
-        need("bias" not in self.gradients or self.bias is not None, "gradients", "bias needs a bias")
+        need(
+            "bias" not in self.gradients or self.bias is not None, "gradients", "bias needs a bias"
+        )
         need("sinks" not in self.gradients or self.sinks, "gradients", "sinks needs sinks=True")
         return said
 
@@ -192,27 +249,8 @@ class Problem:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The optional parts of attention that this problem uses, in a fixed order."""
-        uses = {
-            "causal top-left": self.causal == "top-left",
-            "causal bottom-right": self.causal == "bottom-right",
-            "window": self.window is not None,
-            "softcap": self.softcap > 0,
-            "alibi": self.alibi,
-            "boolean mask": self.mask is not None,
-            "bias": self.bias is not None,
-            "sinks": self.sinks,
-            "scale": self.scale is not None,
-            "gqa": self.group > 1,
-            "head_dim_v": self.head_dim_v != self.head_dim,
-            "key lengths": self.key_lengths is not None,
-            "packed": self.packed is not None,
-            "paged": self.page_size is not None,
-            "dropout": self.dropout > 0,
-            "gradients": bool(self.gradients),
-            "lse gradient": self.lse_gradient,
-        }
-        return tuple(name for name, used in uses.items() if used)
+        """The optional parts of attention that this problem uses, in the order of FEATURES."""
+        return tuple(name for name, used in _USES.items() if used(self))
 
     def layout(self, tensor: str) -> str:
         """The memory layout asked for that tensor; 'bhsd' is contiguous."""
@@ -225,134 +263,41 @@ class Problem:
     @property
     def id(self) -> str:
         """Short, readable, stable; underscores separate the parts."""
-        if self.packed is not None:
-            lengths = ",".join(f"{a}x{b}" for a, b in self.packed)
-            parts = [f"packed={lengths}", f"h{self.heads_q}x{self.heads_kv}"]
-        else:
-            parts = [
-                f"b{self.batch}",
-                f"h{self.heads_q}x{self.heads_kv}",
-                f"q{self.seqlen_q}",
-                f"k{self.seqlen_k}",
-            ]
-        parts.append(f"d{self.head_dim}")
-        if self.head_dim_v != self.head_dim:
-            parts.append(f"dv{self.head_dim_v}")
-        parts.append(self.dtype)
-        for f in _OPTIONS:
-            value = getattr(self, f)
-            if value != _DEFAULTS[f]:
-                parts.append(_ENCODE[f][0] + _ENCODE[f][1](self))
-        return "_".join(parts)
+        return encode(self)
 
     @classmethod
     def from_id(cls, text: str) -> Self:
         """Rebuild the problem that gave this id; ValueError says which part is not understood."""
-        values: dict[str, Any] = {}
-        for part in text.split("_"):
-            values.update(_decode(part, text))
-        return cls(**values)
+        return cls(**decode(text))
 
 
-def _number(value: float) -> str:
-    text = repr(float(value))
-    return text[:-2] if text.endswith(".0") else text
+def _length(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _side(value: int | None) -> str:
-    return "inf" if value is None else str(value)
+def _matches(pattern: re.Pattern[str], value: object) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
 
 
-def _window(text: str) -> Window:
-    left, right = (None if w == "inf" else int(w) for w in text.split(","))
-    return left, right
-
-
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(",") if n)
-
-
-def _pairs(text: str) -> tuple[tuple[int, int], ...]:
-    pairs = (pair.split("x") for pair in text.split(",") if pair)
-    return tuple((int(a), int(b)) for a, b in pairs)
-
-
-# How each optional field is written: a prefix, and the text that follows it.
-_ENCODE: dict[str, tuple[str, Any]] = {
-    "scale": ("scale=", lambda p: _number(p.scale)),
-    "causal": ("causal=", lambda p: p.causal),
-    "window": ("window=", lambda p: ",".join(_side(w) for w in p.window)),
-    "softcap": ("softcap=", lambda p: _number(p.softcap)),
-    "alibi": ("alibi", lambda p: ""),
-    "mask": ("mask=", lambda p: f"{p.mask}@{p.mask_shape}"),
-    "bias": ("bias=", lambda p: f"{p.bias}@{p.bias_shape}"),
-    "sinks": ("sinks", lambda p: ""),
-    "key_lengths": ("lens=", lambda p: ",".join(map(str, p.key_lengths))),
-    "page_size": ("page=", lambda p: str(p.page_size)),
-    "dropout": ("dropout=", lambda p: _number(p.dropout)),
-    "gradients": ("grad=", lambda p: ",".join(p.gradients)),
-    "lse_gradient": ("dlse", lambda p: ""),
-    "layouts": ("layout=", lambda p: ",".join(f"{n}:{v}" for n, v in p.layouts)),
-    "distribution": ("dist=", lambda p: p.distribution),
-    "seed": ("seed=", lambda p: str(p.seed)),
-}
-_OPTIONS = tuple(_ENCODE)
 _DEFAULTS = {f.name: f.default for f in fields(Problem)}
 
-
-def _shaped(kind: str) -> Any:
-    def read(text: str) -> dict[str, Any]:
-        pattern, _, shape = text.partition("@")
-        return {kind: pattern, f"{kind}_shape": shape}
-
-    return read
-
-
-_DECODE: dict[str, Any] = {
-    "scale": lambda t: {"scale": float(t)},
-    "causal": lambda t: {"causal": t},
-    "window": lambda t: {"window": _window(t)},
-    "softcap": lambda t: {"softcap": float(t)},
-    "mask": _shaped("mask"),
-    "bias": _shaped("bias"),
-    "lens": lambda t: {"key_lengths": _ints(t)},
-    "packed": lambda t: {"packed": _pairs(t)},
-    "page": lambda t: {"page_size": int(t)},
-    "dropout": lambda t: {"dropout": float(t)},
-    "grad": lambda t: {"gradients": tuple(t.split(","))},
-    "layout": lambda t: {"layouts": tuple(tuple(x.split(":", 1)) for x in t.split(","))},
-    "dist": lambda t: {"distribution": t},
-    "seed": lambda t: {"seed": int(t)},
+_USES: dict[str, Callable[[Problem], bool]] = {
+    "causal top-left": lambda p: p.causal == "top-left",
+    "causal bottom-right": lambda p: p.causal == "bottom-right",
+    "window": lambda p: p.window is not None,
+    "softcap": lambda p: p.softcap > 0,
+    "alibi": lambda p: p.alibi,
+    "boolean mask": lambda p: p.mask is not None,
+    "bias": lambda p: p.bias is not None,
+    "sinks": lambda p: p.sinks,
+    "scale": lambda p: p.scale is not None,
+    "gqa": lambda p: p.group > 1,
+    "head_dim_v": lambda p: p.head_dim_v != p.head_dim,
+    "key lengths": lambda p: p.key_lengths is not None,
+    "packed": lambda p: p.packed is not None,
+    "paged": lambda p: p.page_size is not None,
+    "dropout": lambda p: p.dropout > 0,
+    "gradients": lambda p: bool(p.gradients),
+    "lse gradient": lambda p: p.lse_gradient,
 }
-_FLAGS: dict[str, dict[str, Any]] = {
-    "alibi": {"alibi": True},
-    "sinks": {"sinks": True},
-    "dlse": {"lse_gradient": True},
-}
-_SIZES = (
-    (re.compile(r"b(\d+)"), ("batch",)),
-    (re.compile(r"h(\d+)x(\d+)"), ("heads_q", "heads_kv")),
-    (re.compile(r"q(\d+)"), ("seqlen_q",)),
-    (re.compile(r"k(\d+)"), ("seqlen_k",)),
-    (re.compile(r"dv(\d+)"), ("head_dim_v",)),
-    (re.compile(r"d(\d+)"), ("head_dim",)),
-)
-
-
-def _decode(part: str, whole: str) -> dict[str, Any]:
-    """The fields that one part of an id stands for."""
-    if part in _FLAGS:
-        return _FLAGS[part]
-    if part in DTYPES:
-        return {"dtype": part}
-    key, equals, text = part.partition("=")
-    if equals and key in _DECODE:
-        try:
-            decoded: dict[str, Any] = _DECODE[key](text)
-        except ValueError as error:
-            raise ValueError(f"id {whole!r}: part {part!r} is not understood ({error})") from None
-        return decoded
-    for pattern, names in _SIZES:
-        if match := pattern.fullmatch(part):
-            return dict(zip(names, map(int, match.groups()), strict=True))
-    raise ValueError(f"id {whole!r}: part {part!r} is not understood")
+FEATURES = tuple(_USES)  # every name that Problem.features can hold

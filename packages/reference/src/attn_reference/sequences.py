@@ -18,7 +18,7 @@ from .problem import Problem
 
 Index = tuple[int | slice, ...]
 
-# Score elements held at once in a chunk of query rows (32 MiB in fp64).
+# Score elements of a chunk of query rows: 32 MiB in fp64, of which a few are held at once.
 CHUNK_ELEMENTS = 1 << 22
 
 
@@ -56,9 +56,14 @@ class Sequence:
         """Keys of this sequence."""
         return self.k.shape[1]
 
-    def chunks(self) -> Iterator[slice]:
-        """Query rows, few enough at a time that a (Hq, rows, Lk) tensor stays small."""
-        height = max(1, CHUNK_ELEMENTS // max(1, self.len_k))
+    def chunks(self, multiple: int = 1) -> Iterator[slice]:
+        """Query rows, so few at a time that the scores of one kv head, (G, rows, Lk), stay small.
+
+        Every chunk but the last holds a multiple of ``multiple`` rows.
+        """
+        group = self.q.shape[0] // self.k.shape[0]
+        height = CHUNK_ELEMENTS // max(1, group * self.len_k)
+        height = max(1, height // multiple) * multiple
         for start in range(0, self.len_q, height):
             yield slice(start, min(start + height, self.len_q))
 
@@ -78,7 +83,10 @@ def cut(tensor: Tensor | None, index: Index) -> Tensor | None:
 
 
 def gather_pages(pages: Tensor, table: Tensor, length: int) -> Tensor:
-    """The first ``length`` keys of one batch entry: pages (P, H, page, D), table (n,) -> (H, length, D)."""
+    """The first ``length`` keys of one batch entry, (H, length, D).
+
+    pages (P, H, page_size, D), table (n,): the page of each run of page_size keys.
+    """
     page_size = pages.shape[2]
     used = table[: -(-length // page_size)].long()
     run = pages[used].transpose(0, 1)  # (H, used, page, D)
@@ -126,9 +134,7 @@ def sequences(inputs: Inputs, problem: Problem) -> Iterator[Sequence]:
         )
 
 
-def visibility(
-    sequence: Sequence, problem: Problem, heads: slice, rows: slice
-) -> Tensor:
+def visibility(sequence: Sequence, problem: Problem, heads: slice, rows: slice) -> Tensor:
     """Which keys the query rows see, bool (heads, rows, Lk)."""
     i = torch.arange(rows.start, rows.stop, device=sequence.q.device)[:, None]
     j = torch.arange(sequence.len_k, device=sequence.q.device)[None, :]

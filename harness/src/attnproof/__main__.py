@@ -1,0 +1,5 @@
+"""``python -m attnproof``."""
+
+from .cli import main
+
+main()

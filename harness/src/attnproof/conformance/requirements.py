@@ -1,0 +1,38 @@
+"""What a check needs beyond the problem; a target that lacks it is told so, as unsupported."""
+
+from __future__ import annotations
+
+from ..subject import Subject
+from ..verdict import Status
+
+
+def require_lse(subject: Subject) -> None:
+    """The target returns the LSE."""
+    if not subject.description.capabilities.returns_lse:
+        raise subject.verdict_error(Status.UNSUPPORTED, "the LSE is not returned")
+
+
+def require_keep_mask(subject: Subject) -> None:
+    """The target says what dropout kept."""
+    if not subject.description.capabilities.keep_mask:
+        raise subject.verdict_error(Status.UNSUPPORTED, "what dropout kept is not returned")
+
+
+def require_cuda(subject: Subject, what: str) -> None:
+    """The target runs on a GPU; ``what`` is what only GPUs have."""
+    if subject.device != "cuda":
+        raise subject.verdict_error(Status.UNSUPPORTED, f"{what}: there are none on the CPU")
+
+
+def require_device_memory(subject: Subject, nbytes: int) -> None:
+    """A GPU with that much memory; on the CPU what is asked for is address space alone."""
+    if subject.device != "cuda":
+        return
+    import torch
+
+    there = torch.cuda.get_device_properties(0).total_memory
+    if there < nbytes:
+        raise subject.verdict_error(
+            Status.UNAVAILABLE,
+            f"needs {nbytes / 2**30:.0f} GiB of GPU memory, of which there are {there / 2**30:.0f}",
+        )

@@ -1,0 +1,69 @@
+"""What is known to deviate, and what a run makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from ..verdict import Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deviation:
+    """One known deviation: which cases, how they end, why, and where that is proved."""
+
+    cases: tuple[str, ...]  # patterns of case ids
+    reason: str
+    proof: str
+    verdict: Status = Status.DEVIATES
+    source: str = ""  # file and entry
+
+    def matches(self, case_id: str) -> bool:
+        """Whether a pattern fits the whole id."""
+        return any(fnmatchcase(case_id, pattern) for pattern in self.cases)
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.cases)}: {self.reason} ({self.proof})"
+
+
+@dataclass(kw_only=True)
+class Deviations:
+    """The deviations that apply to a run. It remembers which cases they met."""
+
+    entries: tuple[Deviation, ...] = ()
+    _matched: set[Deviation] = field(default_factory=set, init=False)
+    _conforming: dict[str, Deviation] = field(default_factory=dict, init=False)
+
+    def match(self, case_id: str) -> Deviation | None:
+        """The first deviation whose pattern fits a case of this run, or None."""
+        for entry in self.entries:
+            if entry.matches(case_id):
+                self._matched.add(entry)
+                return entry
+        return None
+
+    def observe(self, case_id: str, status: Status) -> Deviation | None:
+        """The deviation that explains how this case ended; None when nothing does.
+
+        A known deviation explains only the verdict that it names: a crash is not explained
+        by a deviation.
+        """
+        entry = self.match(case_id)
+        if entry is not None and status is Status.CONFORMS:
+            self._conforming[case_id] = entry
+        return entry if entry is not None and status is entry.verdict else None
+
+    def unmatched(self) -> list[Deviation]:
+        """The deviations that no case of the run has met."""
+        return [entry for entry in self.entries if entry not in self._matched]
+
+    def conforming(self) -> dict[str, Deviation]:
+        """The cases that were said to deviate, and conform."""
+        return dict(self._conforming)
+
+    def complaints(self) -> list[str]:
+        """What is out of date in the deviations file, a sentence each."""
+        said = [f"{e.source}: matches no case of this run: {e}" for e in self.unmatched()]
+        for case_id, entry in self._conforming.items():
+            said.append(f"{entry.source}: {case_id} no longer deviates: {entry.reason}")
+        return said

@@ -1,0 +1,143 @@
+"""What a run ran on: interpreter, libraries, CPU, memory, GPUs, and the variables that matter."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .options import environment as variables
+
+# Distributions whose version bears on a verdict, those that are installed.
+DISTRIBUTIONS = (
+    "attnproof",
+    "attnproof-reference",
+    "attnproof-triton",
+    "attnproof-flash-attn",
+    "torch",
+    "triton",
+    "flash-attn",
+    "flash-attn-4",
+    "flashinfer-python",
+    "xformers",
+    "numpy",
+    "safetensors",
+    "pytest",
+    "hypothesis",
+)
+GIB = 2**30
+CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def environment() -> dict[str, Any]:
+    """Plain values, for JSON and for people. Asks torch about GPUs, which loads the driver."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions(),
+        "cpu": {
+            "model": cpu_model(),
+            "isa": torch.backends.cpu.get_cpu_capability(),
+            "cores": cores(),
+            "torch_threads": torch.get_num_threads(),
+        },
+        "memory_gib": round(memory_bytes() / GIB, 1),
+        "gpus": gpus(),
+        "variables": variables(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The installed version of each distribution that matters."""
+    found: dict[str, str] = {}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_model() -> str:
+    """The name of the processor, as the system gives it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else platform.machine()
+
+
+def cores() -> int:
+    """Cores that this process may use: those it may run on, or what its container is given."""
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    else:
+        allowed = os.cpu_count() or 1
+    try:
+        quota, period = CGROUP_CPU.read_text(encoding="ascii").split()
+        return max(1, min(allowed, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such limit, or "max"
+        return allowed
+
+
+def memory_bytes() -> int:
+    """Memory that this process may use: that of the machine, or of its container."""
+    limits = []
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for path in map(Path, CGROUP_LIMITS):
+        try:
+            limits.append(int(path.read_text(encoding="ascii")))
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+    return min(limits, default=0)
+
+
+def gpus() -> list[dict[str, Any]]:
+    """The GPUs that torch sees, a record each; empty without any."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / GIB, 1),
+                "multiprocessors": properties.multi_processor_count,
+                "cuda": torch.version.cuda or torch.version.hip,
+            }
+        )
+    return found
+
+
+def lines(found: dict[str, Any] | None = None) -> list[tuple[str, str]]:
+    """``environment()`` as pairs of a name and a text, for a terminal or a page."""
+    found = environment() if found is None else found
+    cpu = found["cpu"]
+    gpu = [
+        f"{g['name']} (sm {g['capability'].replace('.', '')}, {g['memory_gib']} GiB, "
+        f"{g['multiprocessors']} SMs, CUDA {g['cuda']})"
+        for g in found["gpus"]
+    ]
+    cores = "1 core" if cpu["cores"] == 1 else f"{cpu['cores']} cores"
+    return [
+        ("python", f"{found['python']} ({sys.executable})"),
+        ("platform", found["platform"]),
+        ("versions", ", ".join(f"{n} {v}" for n, v in found["versions"].items())),
+        ("cpu", f"{cpu['model']}, {cores}, {cpu['isa']}, {cpu['torch_threads']} threads in torch"),
+        ("memory", f"{found['memory_gib']} GiB"),
+        ("gpu", "; ".join(gpu) or "none that torch sees"),
+        ("variables", " ".join(f"{n}={v}" for n, v in found["variables"].items()) or "none set"),
+    ]

@@ -1,0 +1,139 @@
+"""The calibration command: its problems, that it resumes, and that it tells right from wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnproof.backend import Capabilities
+from attnproof.calibration import main
+from attnproof.calibration_kernels import CUDA_KERNELS, kernel
+from attnproof.calibration_problems import COMPILED, CPU, CUDA, random_problem
+from attnproof.calibration_record import Measurement
+from attnproof.calibration_summary import summary
+from attnproof.precision import cpu_flash_precision
+from attnproof.signatures.common import FEATURES
+from attnproof.targets import LoadError
+
+ALL = Capabilities(features=FEATURES, gradients=("q", "k", "v", "bias", "sinks"))
+FAULTY = Path(__file__).parent / "planted" / "faulty.py"
+
+
+def lines(file: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_problems_are_the_same_every_time_and_differ() -> None:
+    problems = [random_problem(i, "bf16", ALL, CPU) for i in range(40)]
+    assert problems == [random_problem(i, "bf16", ALL, CPU) for i in range(40)]
+    assert len({p.id for p in problems}) == 40
+    assert {f for p in problems for f in p.features} >= FEATURES - {"packed", "paged"}
+
+
+def test_problems_keep_to_capabilities_and_space() -> None:
+    little = Capabilities(features=frozenset({"gqa"}), gradients=("q", "k", "v"))
+    for index in range(60):
+        problem = random_problem(index, "fp16", little, CUDA)
+        assert not little.unsupported_reasons(problem)
+        assert problem.batch * problem.heads_q * problem.seqlen_q * problem.keys <= CUDA.scores
+        assert problem.head_dim in CUDA.head_dims
+    capabilities = CUDA_KERNELS["flex"].backend.capabilities
+    for index in range(20):
+        problem = random_problem(index, "bf16", capabilities, COMPILED)
+        assert problem.softcap > 0
+        assert {problem.seqlen_q, problem.keys} <= set(COMPILED.seqlens)
+
+
+def test_impossible_capabilities_are_said() -> None:
+    with pytest.raises(ValueError, match="dtype fp16 is not one of fp32"):
+        random_problem(0, "fp16", Capabilities(dtypes=("fp32",)), CPU)
+
+
+def test_a_correct_kernel_conforms_and_a_second_run_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "measured.jsonl"
+    run = ["--kernel", "sdpa-math", "--json", str(file)]
+    assert main([*run, "--problems", "2"]) == 0
+    first = lines(file)
+    assert [m["status"] for m in first] == ["conforms"] * 6
+    with file.open("a") as open_file:
+        open_file.write('{"kernel": "cut off')
+    with file.open("a") as open_file:
+        open_file.write("\n")
+    assert main([*run, "--problems", "3"]) == 0
+    assert len(file.read_text().splitlines()) == 6 + 1 + 3
+    assert main(["--summary", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "| sdpa-math |" in said
+    assert "| 3 | 0 |" in said
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"), [("correct", 0), ("scale_two_percent_off", 1), ("zeros_always", 1)]
+)
+def test_faults_are_measured_under_many_seeds(
+    fault: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem = "b1_h2x2_q64_k70_d32_bf16"
+    assert (
+        main(["--kernel", f"{FAULTY}:{fault}", "--problem", problem, "--problems", "3"]) == status
+    )
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    counted = next(row for row in rows if len(row) > 5 and row[3] == "3")
+    assert counted[4] == ("3" if status else "0")
+
+
+def test_workers_give_the_same_measurements(tmp_path: Path) -> None:
+    run = ["--kernel", "sdpa-math", "--dtype", "bf16", "--problems", "4", "--json"]
+    files = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    assert main([*run, str(files[0])]) == 0
+    assert main([*run, str(files[1]), "--workers", "2"]) == 0
+    one, two = ({m["index"]: m for m in lines(file)} for file in files)
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--kernel", "no-such-kernel"],
+        ["--kernel", "sdpa-math", "--problem", "b1_what"],
+    ],
+)
+def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_kernels_of_a_device() -> None:
+    assert kernel("sdpa-math", "cpu").space is CPU
+    assert kernel("sdpa-flash", "cuda") is CUDA_KERNELS["sdpa-flash"]
+    with pytest.raises(LoadError):
+        kernel("flex", "cpu")
+
+
+def test_the_summary_names_what_is_wrong() -> None:
+    def made(status: str, reason: str = "") -> Measurement:
+        return Measurement(
+            kernel="k", device="cpu", instructions="avx2", dtype="bf16", index=0,
+            problem="b1_h1x1_q4_k4_d8_bf16", status=status, reason=reason,
+            worst={"out": 0.5}, room={"out": {"store": 0.25}},
+            statistics={"z_row": 0.5}, values={"z_row": 1.0},
+        )  # fmt: skip
+
+    text = summary([made("conforms"), made("deviates", "out is wrong"), made("skipped")])
+    assert "| k | avx2 | bf16 | 2 | 1 | 0.50 | – |" in text
+    assert "1.00 (0.50)" in text
+    assert "| k | out | store | 0.25 |" in text
+    assert "k avx2 bf16: 1 deviates\n  b1_h1x1_q4_k4_d8_bf16: out is wrong" in text
+    assert summary([]) == "nothing was measured"
+
+
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX512"])
+def test_the_flash_kernel_of_the_cpu(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert (cpu_flash_precision().exp_error == 0) is (capability == "DEFAULT")

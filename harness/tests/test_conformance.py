@@ -1,0 +1,140 @@
+"""The cases that ship: they cover what they say, and each of them proves something."""
+
+import itertools
+from collections import Counter
+
+import pytest
+
+from attn_reference.precision import FLASH
+from attn_reference.problem import FEATURES, Problem
+from attnproof.cases import all_cases, chapters, checks, declaration, shown_features
+from attnproof.conformance.cover import cover, problems
+from attnproof.inputs import make_inputs
+from attnproof.layout import parse_layout
+from attnproof.vacuity import vacuous_features
+
+QUICK_CASES = 500  # more take longer than a minute
+
+
+def pairs_of(rows, dimensions):
+    met = set()
+    for row in rows:
+        for one, other in itertools.combinations(dimensions, 2):
+            met.add((one, row[one], other, row[other]))
+    return met
+
+
+SIZES = {"a": range(4), "b": "xyz", "c": (True, False), "d": range(5)}
+
+
+def test_a_cover_has_every_pair_in_far_fewer_rows_than_a_product():
+    rows = cover(SIZES, lambda row: True)
+    everything = [dict(zip(SIZES, r, strict=True)) for r in itertools.product(*SIZES.values())]
+    assert pairs_of(rows, SIZES) == pairs_of(everything, SIZES)
+    assert len(rows) <= 25 < len(everything) == 120
+
+
+def valid(row):
+    return not (row["a"] == 0 and row["b"] == "x") and not (row["c"] and row["d"] > 2)
+
+
+def test_a_cover_with_a_filter_has_every_pair_that_can_meet():
+    rows = cover(SIZES, valid)
+    everything = [dict(zip(SIZES, r, strict=True)) for r in itertools.product(*SIZES.values())]
+    assert all(valid(row) for row in rows)
+    assert pairs_of(rows, SIZES) == pairs_of(filter(valid, everything), SIZES)
+
+
+def test_covers_are_the_same_every_time():
+    assert cover(SIZES, valid) == cover(SIZES, valid)
+
+
+def test_one_dimension_is_covered_by_its_values():
+    assert cover({"a": (1, 2)}, lambda row: True) == [{"a": 1}, {"a": 2}]
+
+
+def test_nothing_valid_gives_nothing():
+    assert cover(SIZES, lambda row: False) == []
+
+
+def test_an_empty_dimension_is_refused():
+    with pytest.raises(ValueError, match="dimension 'b' has no values"):
+        cover({"a": (1,), "b": ()}, lambda row: True)
+
+
+def test_covers_of_problems_leave_out_what_is_none():
+    found = problems(
+        {"heads": ({"heads_q": 4, "heads_kv": 2}, {"heads_q": 3, "heads_kv": 2}), "head_dim": (8,)},
+        seqlen_q=5,
+    )
+    assert found == (Problem(heads_q=4, heads_kv=2, head_dim=8, seqlen_q=5),)
+    some = problems({"seqlen_q": (1, 2, 3)}, accept=lambda p: p.seqlen_q != 2, head_dim=8)
+    assert [p.seqlen_q for p in some] == [1, 3]
+
+
+def test_case_ids_are_unique_and_stable_under_their_id():
+    ids = [case.id for case in all_cases("full")]
+    assert len(set(ids)) == len(ids)
+    for case in all_cases("full"):
+        assert Problem.from_id(case.problem.id) == case.problem
+
+
+def test_every_chapter_has_quick_cases_and_every_check_a_description():
+    quick = Counter(case.chapter for case in all_cases("quick"))
+    assert set(quick) == set(chapters())
+    for chapter in chapters():
+        for name, check in checks(chapter).items():
+            assert check.__doc__, f"{chapter}/{name}"
+            assert declaration(check).quick or declaration(check).full
+
+
+def test_quick_is_quick():
+    assert len(all_cases("quick")) <= QUICK_CASES
+
+
+@pytest.mark.parametrize("level", ["quick", "full"])
+def test_every_feature_and_dtype_is_met(level):
+    found = [case.problem for case in all_cases(level)]
+    assert {feature for p in found for feature in p.features} == set(FEATURES)
+    assert {p.dtype for p in found} == {"fp32", "fp16", "bf16"}
+
+
+@pytest.mark.parametrize("feature", sorted(set(FEATURES) - {"lse gradient", "paged"}))
+def test_a_target_with_a_single_feature_meets_it(feature):
+    """Cases that need nothing else, besides the gradients that everything has."""
+    alone = [
+        case.problem
+        for case in all_cases("quick")
+        if feature in case.problem.features and set(case.problem.features) <= {feature, "gradients"}
+    ]
+    assert len(alone) >= 2, feature
+
+
+def test_a_target_without_features_meets_many_cases():
+    plain = [c for c in all_cases("quick") if not c.problem.features]
+    assert len(plain) >= 80
+    assert len([c for c in plain if c.problem.dtype == "bf16"]) >= 20
+
+
+def test_layouts_are_understood():
+    for case in all_cases("full"):
+        for _, layout in case.problem.layouts:
+            parse_layout(layout)
+
+
+def vacuous(found):
+    for problem in dict.fromkeys(case.problem for case in found):
+        idle = vacuous_features(problem, make_inputs(problem), shown_features(problem), FLASH)
+        if idle:
+            yield f"{problem.id}: {', '.join(idle)}"
+
+
+@pytest.mark.parametrize("chapter", chapters())
+def test_no_quick_case_is_vacuous(chapter):
+    assert list(vacuous(c for c in all_cases("quick") if c.chapter == chapter)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chapter", chapters())
+def test_no_case_is_vacuous(chapter):
+    assert list(vacuous(c for c in all_cases("full") if c.chapter == chapter)) == []
