@@ -126,8 +126,8 @@ def judge(session: nox.Session, name: str, distribution: Path, success_codes: li
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Run the unit tests of every package and of the tools; what follows -- goes to pytest."""
-    Environment(session).run("pytest", *(session.posargs or ["-n", "auto"]))
+    """Run the unit tests, all but the slow ones; what follows -- goes to pytest in their place."""
+    Environment(session).run("pytest", *(session.posargs or ["-n", "auto", "-m", "not slow"]))
 
 
 @nox.session(venv_backend="none")

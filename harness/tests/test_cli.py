@@ -169,7 +169,7 @@ def test_replay_runs_one_case(function: str, status: int, tmp_path: Path) -> Non
     if status != 1:
         assert result.stdout.splitlines()[0] == CASE
         return
-    assert "smaller problems tried: the smallest that fails is" in result.stdout
+    assert "smaller problems tried; the smallest that fails:\n" in result.stdout
     assert "heads/groups/b1_h4x2_q1_k1_d8_fp32" in result.stdout
     explained = CliRunner().invoke(app, ["explain", str(saved)])
     assert explained.exit_code == 1

@@ -23,6 +23,7 @@ from attnproof.inputs import make_inputs
 from attnproof.plan import CallResult
 
 PLANTED = Path(__file__).parent / "planted"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def answered(problem: Problem, inputs: Inputs) -> CallResult:
@@ -234,6 +235,25 @@ def test_an_earlier_call_is_recognised() -> None:
     )
 
 
+def test_packed_sequences_read_as_one_are_named() -> None:
+    problem = PLAIN.replace(packed=((3, 5), (20, 30), (9, 2)))
+    inputs = make_inputs(problem)
+    unsplit = replace(inputs, cu_seqlens_q=None, cu_seqlens_k=None)
+    together = answered(problem.replace(packed=((32, 37),)), unsplit)
+    assert diagnosed(problem, together, inputs) == [
+        "out and lse equal attention over all packed sequences as if they were one"
+    ]
+
+
+def test_an_earlier_call_may_have_been_larger() -> None:
+    first = PLAIN.replace(batch=3, seqlen_q=90, window=(2, 2))
+    second = PLAIN.replace(window=(9, 9))
+    inputs = make_inputs(second)
+    kept = answered(second.replace(window=(2, 2)), inputs)
+    said = diagnose(second, inputs, kept, FLASH, earlier=[(first, make_inputs(first))])
+    assert said[0] == "out and lse equal attention with the window of an earlier call"
+
+
 def test_long_problems_are_looked_at_around_the_worst_row() -> None:
     problem = Problem(seqlen_q=1500, seqlen_k=1500, head_dim=8, dtype="fp32", causal="top-left")
     inputs = make_inputs(problem)
@@ -345,6 +365,13 @@ def called(
         found = torch.autograd.grad(out, list(leaves.values()), incoming)
         grads = Gradients(**dict(zip(leaves, found, strict=True)))
     return CallResult(attention=Attention(out=out.detach(), lse=lse.detach()), gradients=grads)
+
+
+def test_the_documentation_has_every_mistake_of_the_table() -> None:
+    text = " ".join((DOCS / "diagnosis.md").read_text(encoding="utf-8").split())
+    for entry in MISTAKES:
+        about = " ".join((entry.guesses.__doc__ or "").split())
+        assert f"| {entry.guesses.__name__} | {about} |" in text, entry.guesses.__name__
 
 
 def test_every_mistake_of_the_table_makes_sense_for_some_problem() -> None:

@@ -13,7 +13,7 @@ from attnproof import options as options_module
 from attnproof.conformance import test_exact, test_numerics
 from attnproof.options import OptionError, Options, add_options, environment, read_options
 from attnproof.record import CaseRecord
-from attnproof.recorder import Recorder, choose_gpu, chosen_cases
+from attnproof.recorder import Recorder, choose_gpu, chosen_cases, share_cores
 from attnproof.verdict import Status, Verdict
 
 pytest_plugins = ["pytester"]
@@ -64,6 +64,7 @@ def test_options_are_read():
     assert given.journal.as_posix() == "out/run.jsonl"
     assert given.case == CASE
     assert given.shown()["--attn-dtype"] == "bf16,fp32"
+    assert given.shown()["--attn-in-process"] == ""
     assert "--attn-device" not in given.shown()
 
 
@@ -146,6 +147,18 @@ def _path(module):
     return Path(module.__file__)
 
 
+@pytest.mark.parametrize(("workers", "threads"), [(1, "6"), (4, "1"), (9, "1")])
+def test_workers_share_the_cores(monkeypatch, workers, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", "so that it is put back")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("attnproof.recorder.cores", lambda: 6)
+    share_cores(workers)
+    assert os.environ["OMP_NUM_THREADS"] == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    share_cores(workers)
+    assert os.environ["OMP_NUM_THREADS"] == "5"
+
+
 def chosen(function, module, **given):
     found = chosen_cases(Options(target="x", **given), function, _path(module))
     return None if found is None else [case.id for case in found]
@@ -173,9 +186,11 @@ def written(path, first="pass"):
     return f"--attn-target={path}:attention"
 
 
-def run(pytester, *arguments):
-    """Judge with the chapter exact, which is short."""
-    return pytester.runpytest_subprocess(
+def run(pytester, *arguments, isolated=False):
+    """Judge with the chapter exact, which is short; pytest and target in this process, or not."""
+    started = pytester.runpytest_subprocess if isolated else pytester.runpytest_inprocess
+    return started(
+        *([] if isolated else ["--attn-in-process"]),
         "-p",
         "no:cacheprovider",
         "--pyargs",
@@ -225,7 +240,9 @@ def test_a_target_that_cannot_be_loaded_is_a_usage_error(pytester):
 def test_a_target_that_conforms(pytester, tmp_path):
     file = tmp_path / "out" / "run.json"
     file.parent.mkdir()
-    result = run(pytester, written(tmp_path / "good.py"), f"--attn-json={file}", "-W", "error")
+    result = run(
+        pytester, written(tmp_path / "good.py"), f"--attn-json={file}", "-W", "error", isolated=True
+    )
     assert result.ret == pytest.ExitCode.OK
     result.stdout.fnmatch_lines(
         [
@@ -253,9 +270,7 @@ WRONG = "value = value * 1.5 if query.dtype == torch.bfloat16 else value"
 
 def test_a_target_that_deviates(pytester, tmp_path):
     file = tmp_path / "run.json"
-    result = run(
-        pytester, written(tmp_path / "bad.py", WRONG), f"--attn-json={file}", "--attn-in-process"
-    )
+    result = run(pytester, written(tmp_path / "bad.py", WRONG), f"--attn-json={file}")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(
         [
@@ -297,28 +312,27 @@ def test_known_deviations_are_expected(pytester, tmp_path):
 def test_a_run_is_resumed(pytester, tmp_path):
     target = written(tmp_path / "good.py")
     file = tmp_path / "run.json"
-    run(pytester, target, f"--attn-json={file}", "--attn-in-process")
+    run(pytester, target, f"--attn-json={file}")
     journal = file.with_suffix(".jsonl")
     lines = journal.read_text().splitlines(keepends=True)
     assert len(lines) > 10
     journal.write_text("".join(lines[:5]))
-    result = run(pytester, target, f"--attn-json={file}", "--attn-in-process", "--attn-resume")
+    result = run(pytester, target, f"--attn-json={file}", "--attn-resume")
     assert result.ret == pytest.ExitCode.OK
     outcomes = result.parseoutcomes()
-    assert outcomes["deselected"] == 4
+    assert outcomes["passed"] + outcomes["skipped"] == len(lines) - 5
     result.stdout.fnmatch_lines(["4 cases taken over from *run.jsonl"])
-    assert sorted(journal.read_text().splitlines())[:1] == sorted(map(str.strip, lines))[:1]
     assert len(records(journal)) == len(lines) - 1
     assert len(json.loads(file.read_text())["cases"]) == len(lines) - 1
 
-    again = run(pytester, target, f"--attn-json={file}", "--attn-in-process", "--attn-resume")
+    again = run(pytester, target, f"--attn-json={file}", "--attn-resume")
     assert again.ret == pytest.ExitCode.OK  # nothing was left to do, and all of it conforms
 
 
 def test_failures_taken_over_still_fail(pytester, tmp_path):
     target = written(tmp_path / "bad.py", WRONG)
     file = tmp_path / "run.json"
-    options = (target, f"--attn-json={file}", "--attn-in-process")
+    options = (target, f"--attn-json={file}")
     assert run(pytester, *options).ret == pytest.ExitCode.TESTS_FAILED
     assert run(pytester, *options, "--attn-resume").ret == pytest.ExitCode.TESTS_FAILED
     other = run(pytester, *options, "--attn-resume", "--attn-seed=1")
@@ -328,9 +342,7 @@ def test_failures_taken_over_still_fail(pytester, tmp_path):
 
 def test_results_that_cannot_be_written_fail_the_run(pytester, tmp_path):
     file = tmp_path / "missing" / "run.json"
-    result = run(
-        pytester, written(tmp_path / "good.py"), f"--attn-json={file}", "--attn-in-process"
-    )
+    result = run(pytester, written(tmp_path / "good.py"), f"--attn-json={file}")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     assert result.parseoutcomes()["passed"] > 3
     assert len([line for line in result.outlines if "run.jsonl: cannot be written" in line]) == 1
@@ -346,6 +358,7 @@ def test_a_worker_that_dies_costs_its_case(pytester, tmp_path):
         "--attn-in-process",
         "-n2",
         f"--attn-json={file}",
+        isolated=True,
     )
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     kept = {one.id: one for one in records(file.with_suffix(".jsonl"))}
@@ -364,7 +377,7 @@ def test_an_unavailable_target_is_skipped_with_its_reason(pytester, tmp_path):
         + "backend = adapt(attention, 'elsewhere')\n"
         + "object.__setattr__(backend, 'availability', lambda device: 'needs a desk')\n"
     )
-    result = run(pytester, f"--attn-target={path}:backend", "--attn-in-process")
+    result = run(pytester, f"--attn-target={path}:backend")
     result.stdout.fnmatch_lines(["*unavailable: needs a desk"])
     assert result.ret == pytest.ExitCode.OK
     assert "passed" not in result.parseoutcomes()
@@ -375,10 +388,10 @@ def recorder(**given) -> Recorder:
 
 
 def test_a_harness_error_is_recorded_as_such():
-    class Call:
-        excinfo = pytest.ExceptionInfo.from_exception(ZeroDivisionError("oh"))
+    def check():
+        raise ZeroDivisionError("oh")
 
-    verdict = recorder()._verdict(Call())
+    verdict = recorder()._verdict(pytest.CallInfo.from_call(check, "call"))
     assert verdict == Verdict(
         status=Status.CRASHED, reason="the check itself failed: ZeroDivisionError: oh"
     )

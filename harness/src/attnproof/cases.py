@@ -90,20 +90,21 @@ def chapters() -> tuple[str, ...]:
     return tuple(sorted(m.removeprefix(_PREFIX) for m in modules if m.startswith(_PREFIX)))
 
 
+def case_of(chapter: str, check: str, declared: Declaration, problem: Problem) -> Case:
+    """One problem under a check, declared or not: those that are not belong to level full."""
+    return Case(
+        chapter=chapter,
+        check=check,
+        problem=problem,
+        feature=declared.feature_of(problem),
+        level="quick" if problem in declared.quick else "full",
+    )
+
+
 def cases_of(chapter: str, check: str, declared: Declaration, level: str) -> list[Case]:
     """The cases of one check at that level, in the order in which they were declared."""
-    by_level = {"quick": declared.quick, "full": declared.full}
-    return [
-        Case(
-            chapter=chapter,
-            check=check,
-            problem=problem,
-            feature=declared.feature_of(problem),
-            level=at,
-        )
-        for at in LEVELS[: LEVELS.index(level) + 1]
-        for problem in by_level[at]
-    ]
+    found = declared.quick if level == "quick" else (*declared.quick, *declared.full)
+    return [case_of(chapter, check, declared, problem) for problem in found]
 
 
 def checks(chapter: str) -> dict[str, Callable[..., Any]]:
@@ -146,15 +147,7 @@ def find_case(case_id: str) -> Case:
         )
     declared = declaration(known[check])
     assert declared is not None
-    problem = Problem.from_id(problem_id)
-    level = "quick" if problem in declared.quick else "full"
-    return Case(
-        chapter=chapter,
-        check=check,
-        problem=problem,
-        feature=declared.feature_of(problem),
-        level=level,
-    )
+    return case_of(chapter, check, declared, Problem.from_id(problem_id))
 
 
 # Distributions under which one key has all the weight, or values are next to nothing: dQ and dK

@@ -17,7 +17,7 @@ from .cli_common import (
     make_options,
     stop,
 )
-from .options import make_subject
+from .options import Options, make_subject
 from .summary import FAILED, Exit, exit_status
 from .verdict_text import verdict_text
 
@@ -77,29 +77,39 @@ def replay(
         stop(str(error))
     try:
         if subject.description.unavailable:
-            stop(f"{target}: {subject.description.unavailable}", Exit.NOT_JUDGED)
-        case, replayed, tried = _replayed(find_case(case_id), subject, shrink)
+            stop(
+                f"{target}: cannot be judged here: {subject.description.unavailable}",
+                Exit.NOT_JUDGED,
+            )
+        replayed = _replay(find_case(case_id), subject, options)
+        if shrink and replayed.verdict.status in FAILED:
+            replayed = _shrink(find_case(case_id), replayed, subject, options)
     finally:
         subject.runner.close()
-    if tried:
-        outcome = "none of them fails" if case.id == case_id else "the smallest that fails is"
-        typer.echo(f"{tried} smaller problems tried: {outcome}")
-    typer.echo(verdict_text(case.id, replayed.verdict, options))
     if save is not None:
         _save(save, replayed, subject)
     raise typer.Exit(int(exit_status(replayed.verdict.status)))
 
 
-def _replayed(case: Case, subject: Subject, shrink: bool) -> tuple[Case, Replayed, int]:
-    """The case, or the smallest that fails like it, how it ended, and how many were tried."""
+def _replay(case: Case, subject: Subject, options: Options) -> Replayed:
+    """Run a case and print it in full."""
     from .replay import replay as run
-    from .replay import smallest
 
     replayed = run(case, subject)
-    if not shrink or replayed.verdict.status not in FAILED:
-        return case, replayed, 0
+    typer.echo(verdict_text(case.id, replayed.verdict, options))
+    return replayed
+
+
+def _shrink(case: Case, replayed: Replayed, subject: Subject, options: Options) -> Replayed:
+    """Print the smallest case that fails like this one, and give how it ended."""
+    from .replay import smallest
+
     found, tried = smallest(case, subject, replayed.verdict.status, SHRINK_SECONDS)
-    return found, (replayed if found == case else run(found, subject)), tried
+    if found == case:
+        typer.echo(f"\n{tried} smaller problems tried: none of them fails")
+        return replayed
+    typer.echo(f"\n{tried} smaller problems tried; the smallest that fails:")
+    return _replay(found, subject, options)
 
 
 def _save(path: Path, replayed: Replayed, subject: Subject) -> None:

@@ -21,6 +21,7 @@ from attn_reference.problem import Problem
 from attn_reference.sequences import sequences
 
 from . import (  # noqa: F401  (their functions register themselves)
+    diagnosis_calls,
     diagnosis_gradients,
     diagnosis_masks,
     diagnosis_scores,
@@ -30,7 +31,7 @@ from . import (  # noqa: F401  (their functions register themselves)
 from .backend import Capabilities
 from .budget import expectation
 from .diagnosis_blocks import Rows
-from .diagnosis_case import BACKWARD, FORWARD, MISTAKES, Case, Mistake
+from .diagnosis_case import BACKWARD, FORWARD, MISTAKES, Case, Mistake, Stage
 from .diagnosis_fit import Compared, Fit, compared
 from .heat_map import heat_map, where
 from .judge import declared_empty_rows
@@ -49,10 +50,14 @@ ROWS_SHOWN = 48  # query rows that are looked at around the worst one, in a larg
 
 @dataclass(frozen=True)
 class Examined:
-    """What a deviating result looks like: sentences, best first, and a heat map as text."""
+    """What a deviating result looks like: sentences, best first, and a heat map as text.
+
+    ``mistakes`` are the functions of the table behind the sentences.
+    """
 
     looks_like: tuple[str, ...] = ()
     heat_map: str = ""
+    mistakes: tuple[Mistake, ...] = ()
 
 
 def diagnose(
@@ -79,9 +84,11 @@ def examine(
     capabilities: Capabilities = PLAIN,
     earlier: Sequence[tuple[Problem, Inputs]] = (),
     *,
+    table: Sequence[Mistake] = MISTAKES,
     seconds: float = SECONDS,
 ) -> Examined:
-    """``diagnose``, for as many seconds, and the heat map of the first tensor that deviates."""
+    """``diagnose``, by these mistakes and for as many seconds, and the heat map of the first
+    tensor that deviates."""
     came = given(problem, inputs, result, capabilities)
     inputs = came.inputs
     if came.dropout_unseen or _elements(problem, inputs) > MAX_ELEMENTS:
@@ -105,8 +112,12 @@ def examine(
         rows=region.rows,
         earlier=earlier,
     )
-    found = _best(_search(case, deviating, region.looked, seconds))
-    return Examined(looks_like=tuple(e.sentence for e in found), heat_map=drawn)
+    found = _best(_search(case, table, deviating, region.looked, seconds))
+    return Examined(
+        looks_like=tuple(e.sentence for e in found),
+        heat_map=drawn,
+        mistakes=tuple(e.mistake for e in found),
+    )
 
 
 def _drawn(problem: Problem, tensor: Compared) -> str:
@@ -119,6 +130,7 @@ def _drawn(problem: Problem, tensor: Compared) -> str:
 class _Explanation:
     """A guess that explains some of the tensors."""
 
+    mistake: Mistake
     words: str
     fits: Mapping[str, Fit]
 
@@ -146,19 +158,22 @@ class _Explanation:
 
 
 def _search(
-    case: Case, deviating: Mapping[str, Compared], looked: Tensor | None, seconds: float
+    case: Case,
+    table: Sequence[Mistake],
+    deviating: Mapping[str, Compared],
+    looked: Tensor | None,
+    seconds: float,
 ) -> list[_Explanation]:
-    """The best explanation that each mistake offers, in that time. Last resorts are tried on
-    those tensors alone that no other mistake explains wholly."""
+    """The best explanation that each mistake offers, in that time."""
     deadline = time.monotonic() + seconds
     found: list[_Explanation] = []
-    for last_resort in (False, True):
+    for stage in Stage:
         explained = {n for e in found for n, fit in e.fits.items() if fit.whole}
         case = replace(case, wanted=case.wanted - explained)
         if not case.wanted:
             break
-        for entry in MISTAKES:
-            if entry.last_resort is last_resort and entry.applies(case.problem):
+        for entry in table:
+            if entry.stage is stage and entry.applies(case.problem):
                 offers = _offers(entry, case, deviating, looked, deadline)
                 if best := min(offers, key=lambda e: e.rank, default=None):
                     found.append(best)
@@ -183,7 +198,7 @@ def _offers(
                 fits.setdefault(words, {}).setdefault(name, fit)
         if time.monotonic() > deadline:
             break
-    return [_Explanation(words, by_name) for words, by_name in fits.items()]
+    return [_Explanation(entry, words, by_name) for words, by_name in fits.items()]
 
 
 def _best(found: Iterable[_Explanation]) -> list[_Explanation]:
@@ -218,9 +233,8 @@ def _region(problem: Problem, inputs: Inputs, tensors: Sequence[Compared]) -> _R
     """
     if not tensors:
         return None
-    found = list(sequences(inputs, problem))
     if _elements(problem, inputs) <= MAX_COMPUTED:
-        return _Region(lambda entry, count: list(found[entry].chunks()))
+        return _Region(lambda entry, count: [slice(0, count)] if count else [])
     if problem.packed is not None or any(t.name not in (*FORWARD, "dq") for t in tensors):
         return None
     off = tensors[0].off.masked_fill(~tensors[0].bad, 0.0)
@@ -229,4 +243,6 @@ def _region(problem: Problem, inputs: Inputs, tensors: Sequence[Compared]) -> _R
     part = slice(start, min(off.shape[2], start + ROWS_SHOWN))
     looked = torch.zeros(off.shape[0], 1, off.shape[2], dtype=torch.bool)
     looked[worst, 0, part] = True
-    return _Region(lambda entry, count: [part] if entry == worst else [], looked)
+    return _Region(
+        lambda entry, count: [part] if entry == worst and part.stop <= count else [], looked
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +69,7 @@ class Case:
         """Attention with other values of the problem."""
         return self.attention(problem=self.problem.replace(**fields))
 
-    def given(self, **tensors: Tensor | None) -> dict[str, Tensor]:
+    def given(self, **tensors: Any) -> dict[str, Tensor]:
         """Attention on other inputs."""
         return self.attention(inputs=replace(self.inputs, **tensors))
 
@@ -108,26 +110,35 @@ Guess = tuple[str, Answer]  # what it would be ("attention with ..."), and its v
 Function = Callable[[Case], Iterator[Guess]]
 
 
+class Stage(IntEnum):
+    """When a mistake is tried: each stage on those tensors alone that the one before it does not
+    explain in every row."""
+
+    CONCLUSIVE = 0  # nothing else needs to be asked
+    USUAL = 1
+    LAST_RESORT = 2  # costly, or flexible enough to explain too much
+
+
 @dataclass(frozen=True)
 class Mistake:
     """One entry of the table: a generator of guesses and the problems it makes sense for."""
 
     guesses: Function
     applies: Callable[[Problem], bool]
-    last_resort: bool = False  # costly or flexible: tried when no other mistake explains the result
+    stage: Stage
 
 
 MISTAKES: list[Mistake] = []
 
 
 def mistake(
-    applies: Callable[[Problem], bool] = lambda problem: True, *, last_resort: bool = False
+    applies: Callable[[Problem], bool] = lambda problem: True, stage: Stage = Stage.USUAL
 ) -> Callable[[Function], Function]:
     """Register a plausible mistake. The function yields (words, answer): the words complete
     "out equals ...", the answer holds what each deviating tensor would be."""
 
     def register(function: Function) -> Function:
-        MISTAKES.append(Mistake(function, applies, last_resort))
+        MISTAKES.append(Mistake(function, applies, stage))
         return function
 
     return register

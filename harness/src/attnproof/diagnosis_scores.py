@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -168,7 +168,7 @@ def _mapped(case: Case, kv_head_of: list[int]) -> dict[str, Tensor]:
 def heads_mapped(case: Case) -> Iterator[Guess]:
     """Query heads that read the wrong key/value head."""
     heads, kv_heads, group = case.problem.heads_q, case.problem.kv_heads, case.problem.group
-    guesses = {
+    guesses: dict[str, Callable[[int], int]] = {
         "query head h reading kv head h % heads_kv (not h // group)": lambda h: h % kv_heads,
         "every query head reading kv head 0": lambda h: 0,
         "query head h reading kv head h * group": lambda h: h * group % kv_heads,

@@ -12,7 +12,7 @@ from torch import Tensor
 from attn_reference.problem import Problem
 
 from .diagnosis_blocks import Block, dropped, maximum, right_softmax
-from .diagnosis_case import Case, Guess, mistake, row_maximum
+from .diagnosis_case import Case, Guess, Stage, mistake, row_maximum
 from .diagnosis_masks import TILES
 
 
@@ -93,7 +93,7 @@ def _online(
     return out / total.masked_fill(total == 0, 1.0)[..., None], lse
 
 
-@mistake(lambda p: p.keys > TILES[0], last_resort=True)
+@mistake(lambda p: p.keys > TILES[0], Stage.LAST_RESORT)
 def not_rescaled(case: Case) -> Iterator[Guess]:
     """exp(m_old - m_new) missing: for the accumulator, or for the row sum as well."""
     tiles = [tile for tile in TILES if tile < case.problem.keys]

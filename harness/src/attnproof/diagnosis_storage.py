@@ -1,4 +1,4 @@
-"""Results that are no attention, or the right one in the wrong place or at the wrong time."""
+"""Results that are no attention, or the right one in the wrong place."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .diagnosis_blocks import Answer, Step
-from .diagnosis_case import Case, Guess, mistake
+from .diagnosis_blocks import Step
+from .diagnosis_case import Case, Guess, Stage, mistake
 from .layout import parse_layout, strides_for
-
-# Values of the problem that a kernel may keep from one call to the next.
-KEPT_FIELDS = ("scale", "causal", "window", "softcap", "key_lengths", "dropout")
-KEPT_TENSORS = ("q", "k", "v", "mask", "bias", "alibi_slopes", "sinks", "key_lengths")
 
 
 def _each(case: Case, edit: object) -> dict[str, Tensor]:
     return case.edited(edit, *case.wanted)  # type: ignore[arg-type]
 
 
-@mistake()
-def never_computed(case: Case) -> Iterator[Guess]:
-    """Zeros, NaN or one constant in every element."""
+@mistake(stage=Stage.CONCLUSIVE)
+def constant(case: Case) -> Iterator[Guess]:
+    """Zeros, or another constant in every element."""
     yield "zeros", _each(case, torch.zeros_like)
-    nan = _each(case, lambda x: torch.full_like(x, torch.nan))
-    yield "NaN, as memory that was never written", nan
     for name, actual in case.actual.items():
         if name in case.wanted and actual.numel() > 1:
             value = actual.flatten()[0]
             if bool((actual == value).all()) and value != 0:
                 yield f"{value.item():g} in every element", {name: actual}
+
+
+@mistake()
+def never_written(case: Case) -> Iterator[Guess]:
+    """NaN in every element: memory that the target got and did not write is NaN here."""
+    nan = _each(case, lambda x: torch.full_like(x, torch.nan))
+    yield "NaN, as memory that was never written", nan
 
 
 @mistake()
@@ -43,10 +44,10 @@ def misplaced(case: Case) -> Iterator[Guess]:
 
     yield "the right values in (batch, seqlen, heads) order", _each(case, swapped)
     for shift, words in ((1, "before"), (-1, "after")):
-        moved = _each(case, lambda x, s=shift: x.roll(s, 2) if x.dim() > 2 else x)  # type: ignore[misc]
+        moved = _each(case, lambda x, s=shift: x.roll(s, 2) if x.dim() > 2 else x)
         yield f"the right values of the row {words}", moved
     for shift, words in ((1, "before"), (-1, "after")):
-        moved = _each(case, lambda x, s=shift: x.roll(s, 1) if x.dim() > 1 else x)  # type: ignore[misc]
+        moved = _each(case, lambda x, s=shift: x.roll(s, 1) if x.dim() > 1 else x)
         yield f"the right values of the head {words}", moved
     yield (
         "the right values of the first head in all",
@@ -89,29 +90,7 @@ def strides_ignored(case: Case) -> Iterator[Guess]:
             yield words, case.backward(edit)
 
 
-@mistake()
-def of_an_earlier_call(case: Case) -> Iterator[Guess]:
-    """What an earlier call in the same process asked for, kept."""
-    for problem, inputs in reversed(case.earlier):
-        if problem.gradients == case.problem.gradients and inputs.q.shape == case.inputs.q.shape:
-            yield "the answer of an earlier call", _answer(case.attention(problem, inputs), case)
-        for name in KEPT_FIELDS:
-            if getattr(problem, name) != getattr(case.problem, name):
-                kept = case.changed(**{name: getattr(problem, name)})
-                yield f"attention with the {name} of an earlier call", kept
-        for name in KEPT_TENSORS:
-            old, new = getattr(inputs, name), getattr(case.inputs, name)
-            if old is not None and new is not None and old.shape == new.shape:
-                kept = case.attention(inputs=replace(case.inputs, **{name: old}))
-                yield f"attention with the {name} of an earlier call", kept
-
-
-def _answer(answer: Answer, case: Case) -> Answer:
-    """What of an answer has the shapes that this case has."""
-    return {n: v for n, v in answer.items() if v.shape == case.truth[n].shape}
-
-
-@mistake(last_resort=True)
+@mistake(stage=Stage.LAST_RESORT)
 def off_by_a_factor(case: Case) -> Iterator[Guess]:
     """A constant factor, fitted by least squares."""
     for name in sorted(case.wanted):
@@ -124,7 +103,7 @@ def off_by_a_factor(case: Case) -> Iterator[Guess]:
             yield f"{factor:.4g} times what it should be", {name: factor * truth}
 
 
-@mistake(last_resort=True)
+@mistake(stage=Stage.LAST_RESORT)
 def scale_off_by_a_factor(case: Case) -> Iterator[Guess]:
     """Another softmax scale, fitted by least squares: a coarse search, then Gauss-Newton."""
     scale = case.problem.softmax_scale

@@ -8,26 +8,31 @@ from attn_reference.inputs import Inputs
 from attn_reference.problem import Problem
 
 from .diagnosis import SECONDS, examine
+from .diagnosis_case import MISTAKES, Mistake
 from .plan import CallResult
 from .subject import Subject
 from .verdict import Status, Verdict
 
-SECONDS_IN_ALL = 30.0  # a kernel that is all wrong must not make the run slow
+SECONDS_IN_ALL = 15.0  # a kernel that is all wrong must not make the run slow
+SECONDS_AGAIN = 1.0  # for a case after that
 
 
 class Explainer:
-    """The ``explain`` of a subject. When its time is used up, verdicts stay as they are."""
+    """The ``explain`` of a subject. When its time is used up, only those mistakes are tried that
+    explained something before: where much is wrong, most of it is wrong in the same way."""
 
     def __init__(self, subject: Subject, seconds: float = SECONDS_IN_ALL) -> None:
         self._subject = subject
         self._left = seconds
+        self._seen: dict[Mistake, None] = {}
 
     def __call__(
         self, problem: Problem, inputs: Inputs, result: CallResult, verdict: Verdict
     ) -> None:
         """Fill ``verdict.looks_like`` and ``verdict.heat_map``."""
-        if verdict.status is not Status.DEVIATES or self._left <= 0:
+        if verdict.status is not Status.DEVIATES:
             return
+        in_time = self._left > 0
         start = time.monotonic()
         examined = examine(
             problem,
@@ -36,9 +41,11 @@ class Explainer:
             self._subject.precision,
             self._subject.description.capabilities,
             self._earlier(inputs),
-            seconds=min(SECONDS, self._left),
+            table=MISTAKES if in_time else list(self._seen),
+            seconds=min(SECONDS, self._left) if in_time else SECONDS_AGAIN,
         )
         self._left -= time.monotonic() - start
+        self._seen |= dict.fromkeys(examined.mistakes)
         verdict.looks_like = list(examined.looks_like)
         verdict.heat_map = examined.heat_map
 

@@ -164,5 +164,5 @@ def _power_of_two(size: int, most: int) -> int:
 
 def _pool(values: Tensor, dim: int, block: int) -> Tensor:
     """The maximum over blocks of that size along ``dim``; the last block may be shorter."""
-    parts = values.split(block, dim)
+    parts = torch.split(values, block, dim)
     return torch.stack([part.amax(dim) for part in parts], dim)

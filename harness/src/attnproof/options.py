@@ -72,13 +72,15 @@ class Options:
         )
 
     def shown(self) -> dict[str, str]:
-        """Options with another value than the default, as they are written on a command line."""
+        """Options with another value than the default, by their name on a command line; several
+        values are separated by commas, flags have none."""
         given = {}
         for f in fields(self):
             value = getattr(self, f.name)
             if value != f.default:
+                name = {"dtypes": "dtype", "chapters": "chapter"}.get(f.name, f.name)
                 text = ",".join(value) if isinstance(value, tuple) else str(value)
-                given[f"--attn-{f.name.rstrip('s').replace('_', '-')}"] = text
+                given[f"--attn-{name.replace('_', '-')}"] = "" if value is True else text
         return given
 
 

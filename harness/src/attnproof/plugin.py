@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Understand the options; choose the GPU of an xdist worker before CUDA can start."""
+    """Understand the options; give an xdist worker its GPU and cores before torch can start."""
     try:
         options = read_options(config.option)
     except OptionError as error:
@@ -50,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     worker = getattr(config, "workerinput", None)
     if worker is not None:
         recording.choose_gpu(worker["workerid"])
+        recording.share_cores(worker["workercount"])
     recorder = recording.Recorder(options, worker)
     config.stash[RECORDER] = recorder
     config.pluginmanager.register(recorder, "attnproof-recorder")
@@ -60,7 +61,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     options = config.stash.get(OPTIONS, None)
     if options is None:
         return []
-    given = " ".join(f"{name}={value}" for name, value in options.shown().items())
+    given = " ".join(f"{n}={v}" if v else n for n, v in options.shown().items())
     variables = " ".join(f"{name}={value}" for name, value in environment().items())
     return [
         f"attnproof: {given}",

@@ -23,6 +23,7 @@ from attn_reference.problem import Problem
 from . import cases
 from .cases import Case
 from .deviations import DeviationsError, load_deviations
+from .environment import cores
 from .options import Options, make_subject, resolved_device
 from .record import CaseRecord, Journal, JournalError
 from .results import write_results
@@ -46,6 +47,12 @@ def choose_gpu(worker: str) -> None:
         devices = [str(n) for n in range(len(list(GPUS.iterdir())))] if GPUS.is_dir() else []
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(worker.removeprefix("gw")) % len(devices)]
+
+
+def share_cores(workers: int) -> None:
+    """Give each xdist worker, and the target's process, its share of the cores, unless the caller
+    has said otherwise: too many threads wait for each other."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // workers)))
 
 
 def chosen_cases(options: Options, function: Callable[..., Any], module: Path) -> list[Case] | None:
@@ -102,10 +109,10 @@ class Recorder:
         """Load the target before anything is collected: a wrong one is a usage error."""
         if self.is_worker or session.config.option.collectonly:
             return
-        self._open_journal()
         subject = self.subject()
         self._header = _describe(subject)
         self.unavailable = subject.description.unavailable
+        self._open_journal()  # last: whatever is wrong with a command must not empty a journal
         if session.config.getoption("dist", "no") != "no":
             subject.runner.close()  # the workers load their own
             self._subject = None
@@ -259,13 +266,7 @@ def _case_of(item: pytest.Item) -> Case | None:
     if declared is None or not isinstance(problem, Problem):
         return None
     chapter, check = _named(item.path, function.__name__)  # type: ignore[union-attr]
-    return Case(
-        chapter=chapter,
-        check=check,
-        problem=problem,
-        feature=declared.feature_of(problem),
-        level="full",
-    )
+    return cases.case_of(chapter, check, declared, problem)
 
 
 def _lost(report: pytest.TestReport) -> CaseRecord | None:

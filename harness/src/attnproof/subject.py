@@ -97,9 +97,7 @@ class Subject:
 
     def judge(self, problem: Problem, inputs: Inputs, result: CallResult) -> Verdict:
         """The verdict on the result of one call; raises NotConforming unless it conforms."""
-        verdict = judge(
-            problem, inputs, result, self.precision, self.description.capabilities
-        )
+        verdict = judge(problem, inputs, result, self.precision, self.description.capabilities)
         verdict.seconds = result.seconds
         if verdict.status is not Status.CONFORMS:
             if self.explain is not None:

@@ -22,6 +22,7 @@ from attn_reference.problem import Problem
 from ..budget import expectation
 from ..cases import declaration
 from ..expected import Expected
+from ..judge_form import canonical_lse
 from ..plan import Call, CallResult, Plan
 from ..subject import Subject
 from ..verdict import NotConforming
@@ -90,7 +91,7 @@ def answers(subject: Subject, *asked: tuple[Problem, Inputs]) -> list[CallResult
 
 
 def tensor(result: CallResult, name: str, subject: Subject) -> Tensor:
-    """One tensor of an answer, fp64; NotConforming when it is missing."""
+    """One tensor of an answer, fp64, the LSE in base e and (B, H, S); NotConforming if missing."""
     found: Tensor | None
     if name in ("out", "lse"):
         found = None if result.attention is None else getattr(result.attention, name)
@@ -98,6 +99,8 @@ def tensor(result: CallResult, name: str, subject: Subject) -> Tensor:
         found = None if result.gradients is None else getattr(result.gradients, name[1:])
     if found is None:
         raise subject.deviates("missing", f"{name} is missing", name)
+    if name == "lse":
+        found = canonical_lse(found, subject.description.capabilities)
     exact: Tensor = found.double()
     return exact
 
@@ -111,6 +114,9 @@ def require_equal(
     subject: Subject, one: Tensor, other: Tensor, budget: Tensor, what: str, name: str = "out"
 ) -> None:
     """Raise unless two fp64 tensors agree within the budget; NaN agrees with nothing."""
+    if one.shape != other.shape:
+        text = f"{what}: {name} has shapes {tuple(one.shape)} and {tuple(other.shape)}"
+        raise subject.deviates("shape", text, name)
     error = (one - other).abs()
     same = (one == other) | (error <= budget)
     if bool(same.all()):

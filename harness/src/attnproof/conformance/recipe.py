@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from attn_reference.masks import positional_mask
 from attn_reference.problem import Problem
 
@@ -60,15 +63,17 @@ def turning(values: Iterable[Mapping[str, Any]], **base: Any) -> tuple[Problem, 
 def rules_hide(problem: Problem) -> bool:
     """Whether causality, its corner and the window each hide keys that are seen without."""
 
-    def visible(**changes: Any) -> list[list[bool]]:
+    def visible(**changes: Any) -> Tensor:
         rule = positional_mask(problem.replace(**changes), problem.seqlen_q, problem.keys)
-        return rule.dense(problem.seqlen_q, problem.keys).tolist()
+        return rule.dense(problem.seqlen_q, problem.keys)
 
+    others = []
+    if problem.window is not None:
+        others.append(visible(window=None))
+    if problem.causal != "none":
+        others.append(visible(causal="none"))
+        if problem.seqlen_q != problem.keys:
+            other = "bottom-right" if problem.causal == "top-left" else "top-left"
+            others.append(visible(causal=other))
     seen = visible()
-    if problem.window is not None and visible(window=None) == seen:
-        return False
-    if problem.causal == "none":
-        return True
-    other = "bottom-right" if problem.causal == "top-left" else "top-left"
-    square = problem.seqlen_q == problem.keys
-    return visible(causal="none") != seen and (square or visible(causal=other) != seen)
+    return not any(torch.equal(other, seen) for other in others)

@@ -20,6 +20,7 @@ from .cover import problems
 from .recipe import DTYPES, GRADIENTS, lengths, turning
 
 REPEATS = 4
+THREADS = 3
 
 
 def _named(result: CallResult) -> dict[str, Tensor]:
@@ -73,6 +74,24 @@ def test_repeats(problem: Problem, subject: Subject) -> None:
             )
     if varying and subject.last_verdict is not None:
         subject.last_verdict.reason = f"{', '.join(sorted(varying))}: other bits in each call"
+
+
+@cases(
+    quick=turning(({"gradients": GRADIENTS}, {"causal": "top-left"}), heads_q=3, seqlen_q=129),
+    full=problems(
+        {
+            "lengths": lengths((1, 300), (129, 129), (300, 65)),
+            "causal": ("none", "top-left", "bottom-right"),
+            "dtype": DTYPES,
+        },
+        heads_q=3,
+        gradients=GRADIENTS,
+    ),
+    feature="determinism",
+)
+def test_threads(problem: Problem, subject: Subject) -> None:
+    """On a number of threads that divides nothing evenly."""
+    subject.check(problem, threads=THREADS)
 
 
 @cases(
