@@ -4,14 +4,17 @@ import itertools
 from collections import Counter
 
 import pytest
+from hypothesis import settings
 
 from attn_reference.precision import FLASH
 from attn_reference.problem import FEATURES, Problem
-from attnproof.cases import all_cases, chapters, checks, declaration, shown_features
+from attnproof.cases import all_cases, cases, chapters, checks, declaration, shown_features
 from attnproof.conformance.cover import cover, problems
+from attnproof.conformance.exploring import explore
 from attnproof.inputs import make_inputs
 from attnproof.layout import parse_layout
 from attnproof.vacuity import vacuous_features
+from attnproof.verdict import NotConforming, Status, Verdict
 
 QUICK_CASES = 500  # more take longer than a minute
 
@@ -120,6 +123,56 @@ def test_layouts_are_understood():
     for case in all_cases("full"):
         for _, layout in case.problem.layouts:
             parse_layout(layout)
+
+
+PROBLEM = Problem(seqlen_q=5, seqlen_k=7, head_dim=8)
+
+
+@cases(quick=[PROBLEM], feature="x")
+def declared_quick(problem, subject):
+    """A check to explore around."""
+
+
+def failing_above(limit, seen):
+    def holds(variation):
+        seen.append(variation)
+        if variation.keys > limit:
+            raise NotConforming(Verdict(status=Status.DEVIATES, reason="too long"))
+
+    return holds
+
+
+def test_exploring_names_the_smallest_problem_that_fails():
+    seen = []
+    with pytest.raises(NotConforming) as caught:
+        explore(declared_quick, PROBLEM, failing_above(40, seen), (1, 3))
+    assert seen[0] == PROBLEM.replace(seqlen_q=1, seqlen_k=3)
+    smallest = PROBLEM.replace(seqlen_q=1, seqlen_k=41)
+    assert caught.value.verdict.reason == f"too long, for {smallest.id}"
+
+
+def test_regressions_come_first():
+    seen = []
+    with pytest.raises(NotConforming):
+        explore(declared_quick, PROBLEM, failing_above(1, seen), (3, 2), (9, 9))
+    assert seen == [PROBLEM.replace(seqlen_q=3, seqlen_k=2)]
+
+
+def test_exploring_tries_the_same_every_time_and_more_at_level_full():
+    tried = []
+    for problem in (PROBLEM, PROBLEM, PROBLEM.replace(scale=0.5)):
+        tried.append([])
+        explore(declared_quick, problem, failing_above(999, tried[-1]))
+    assert tried[0] == tried[1]
+    assert len(tried[0]) == 3
+    assert len(tried[2]) == 8
+    assert all(one.scale == 0.5 for one in tried[2])
+
+
+def test_exploring_leaves_the_profile_of_others_alone():
+    before = settings().max_examples
+    explore(declared_quick, PROBLEM, lambda variation: None)
+    assert settings().max_examples == before
 
 
 def vacuous(found):

@@ -383,6 +383,31 @@ def test_an_unavailable_target_is_skipped_with_its_reason(pytester, tmp_path):
     assert "passed" not in result.parseoutcomes()
 
 
+OWN_CHAPTER = """
+from attn_reference.problem import Problem
+from attnproof.cases import cases
+
+
+@cases(quick=[Problem(seqlen_q=n, head_dim=16) for n in (3, 7)], feature="mine")
+def test_something(problem, subject):
+    if problem.seqlen_q == 7:
+        raise subject.deviates("mine", "seven is too many")
+    subject.check(problem)
+"""
+
+
+def test_a_chapter_of_ones_own(pytester, tmp_path):
+    path = pytester.makepyfile(test_mine=OWN_CHAPTER)
+    file = tmp_path / "run.json"
+    result = pytester.runpytest_inprocess(
+        str(path), written(tmp_path / "good.py"), "--attn-in-process", f"--attn-json={file}"
+    )
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*mine: seven is too many"])
+    kept = {one.id: one.feature for one in records(file.with_suffix(".jsonl"))}
+    assert kept == {f"mine/something/b1_h1x1_q{n}_k{n}_d16_fp32": "mine" for n in (3, 7)}
+
+
 def recorder(**given) -> Recorder:
     return Recorder(Options(target="x", device="cpu", **given), None)
 

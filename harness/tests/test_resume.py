@@ -181,11 +181,13 @@ def test_killed_worker(run: Callable[..., Run]) -> None:
     seen = first.lines()
     os.kill(children(first.process.pid)[0], signal.SIGKILL)
     status, out, err = first.finish()
-    assert status == 1, out + err
     after = first.lines()
     assert after[: len(seen)] == seen
     assert sorted(record["id"] for record in after) == sorted(expected_ids())
-    assert [r["verdict"]["status"] for r in after].count("crashed") == 1
+    # It costs the case in flight, and none when it was still starting or between two cases.
+    crashed = [r["verdict"]["status"] for r in after].count("crashed")
+    assert crashed <= 1, out + err
+    assert status == crashed, out + err
 
 
 def test_killed_target(run: Callable[..., Run]) -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -49,20 +49,22 @@ InProcess = Annotated[
 
 def console() -> Console:
     """For results: standard output, up to MAX_WIDTH columns."""
-    return _console(stderr=False)
+    return _console(sys.stdout)
 
 
 def progress_console() -> Console:
-    """For what passes: standard error."""
-    return _console(stderr=True)
+    """For what passes: standard error, in a copy of it that pytest's capture does not catch."""
+    try:
+        stream = os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding="utf-8", errors="replace")
+    except (OSError, ValueError):  # it is no file
+        return _console(sys.stderr)
+    return _console(stream)
 
 
-def _console(*, stderr: bool) -> Console:
-    stream = sys.stderr if stderr else sys.stdout
+def _console(stream: TextIO) -> Console:
     width = None if stream.isatty() else MAX_WIDTH
-    made = Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
-    if made.width > MAX_WIDTH:
-        made.width = MAX_WIDTH
+    made = Console(file=stream, width=width, highlight=False)
+    made.width = min(made.width, MAX_WIDTH)
     return made
 
 

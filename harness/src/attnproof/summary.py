@@ -106,7 +106,7 @@ class Summary:
             failing = self.failing
             named = [f"{r.feature} ({r.failed} of {r.judged})" for r in failing[:LINE_FEATURES]]
             if len(failing) > LINE_FEATURES:
-                named.append(f"{len(failing) - LINE_FEATURES} more")
+                named.append(f"{len(failing) - LINE_FEATURES} more features")
             kinds = "deviates" if self.total.deviates else "crashes"
             guess = f" – looks like: {'; '.join(self.suspects)}" if self.suspects else ""
             return f"{kinds}: {', '.join(named)}{guess}"
