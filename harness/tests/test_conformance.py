@@ -145,9 +145,9 @@ def failing_above(limit, seen):
 def test_exploring_names_the_smallest_problem_that_fails():
     seen = []
     with pytest.raises(NotConforming) as caught:
-        explore(declared_quick, PROBLEM, failing_above(40, seen), (1, 3))
+        explore(declared_quick, PROBLEM, failing_above(5, seen), (1, 3))
     assert seen[0] == PROBLEM.replace(seqlen_q=1, seqlen_k=3)
-    smallest = PROBLEM.replace(seqlen_q=1, seqlen_k=41)
+    smallest = PROBLEM.replace(seqlen_q=1, seqlen_k=6)
     assert caught.value.verdict.reason == f"too long, for {smallest.id}"
 
 
