@@ -20,6 +20,7 @@ from attnproof.targets import LoadError
 
 ALL = Capabilities(features=FEATURES, gradients=("q", "k", "v", "bias", "sinks"))
 FAULTY = Path(__file__).parent / "planted" / "faulty.py"
+NUMERICAL = Path(__file__).parent / "numerical_faults.py"
 
 
 def lines(file: Path) -> list[dict[str, object]]:
@@ -85,6 +86,22 @@ def test_faults_are_measured_under_many_seeds(
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     counted = next(row for row in rows if len(row) > 5 and row[3] == "3")
     assert counted[4] == ("3" if status else "0")
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [
+        ("correct", 0),
+        ("one_row_loses_half_its_keys", 1),
+        ("lse_of_one_row_off_by_ln_2_in_backward", 1),
+        ("delta_shifted_by_one_row", 1),
+        ("softcap_gradient_omitted", 1),
+    ],
+)
+def test_faults_that_are_in_the_numbers_only(fault: str, status: int) -> None:
+    problem = "b1_h2x2_q64_k64_d32_bf16_softcap=5_grad=q,k,v"
+    run = ["--kernel", f"{NUMERICAL}:{fault}", "--problem", problem, "--problems", "2"]
+    assert main(run) == status
 
 
 def test_workers_give_the_same_measurements(tmp_path: Path) -> None:

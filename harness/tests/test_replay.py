@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from attnproof.cases import Case, find_case
+from attnproof.explanation import Explainer
 from attnproof.options import Options, make_subject
 from attnproof.replay import replay, smallest
 from attnproof.subject import Subject
@@ -49,6 +50,17 @@ def test_a_case_that_deviates_comes_with_the_call_and_its_diagnosis(
     assert replayed.computation is not None
     assert replayed.computation.problem == case.problem
     assert replayed.computation.result.attention is not None
+
+
+def test_when_time_is_up_only_mistakes_that_were_met_are_tried(case: Case, modulo: Subject) -> None:
+    modulo.explain = Explainer(modulo, seconds=0)
+    verdict = replay(case, modulo).verdict
+    assert verdict.looks_like == []
+    assert "heads across" in verdict.heat_map
+    modulo.explain = explainer = Explainer(modulo, seconds=60)
+    replay(case, modulo)
+    explainer._left = 0
+    assert "h % heads_kv" in replay(case, modulo).verdict.looks_like[0]
 
 
 def test_an_unsupported_case_keeps_its_reason(case: Case) -> None:

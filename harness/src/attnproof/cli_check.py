@@ -101,7 +101,8 @@ def check(
         json=json,
         resume=resume,
     )
-    session = run_session(options, _workers(workers, options), Watcher(progress_console()))
+    progress = progress_console()
+    session = run_session(options, _workers(workers, options), Watcher(progress))
     if session.refused is not None:
         stop(session.refused)
     if session.unavailable is not None:
@@ -110,11 +111,11 @@ def check(
         typer.echo(session.broken, err=True)
         stop("the harness itself failed, see above", Exit.DOES_NOT)
     with broken_pipe_is_fine():
-        status = _tell(options, session, report)
+        status = _tell(options, session, report, progress)
     raise typer.Exit(int(status))
 
 
-def _tell(options: Options, session: Session, report: Path | None) -> Exit:
+def _tell(options: Options, session: Session, report: Path | None, progress: Console) -> Exit:
     """Print and write what came out, and give the exit status."""
     out = console()
     summary = summarise(session.records, session.complaints)
@@ -123,7 +124,8 @@ def _tell(options: Options, session: Session, report: Path | None) -> Exit:
         from .smallest import smallest_of  # imports torch, which --help can do without
 
         first = _first_of_each(_failing(session.records), summary)[:IN_FULL]
-        smallest = smallest_of(options, first, SHRINK_SECONDS)
+        with progress.status("looking for the smallest problems that fail"):
+            smallest = smallest_of(options, first, SHRINK_SECONDS)
     _print_failing(out, session.records, summary, options, smallest)
     out.print(feature_table(summary))
     problems = list(session.problems)

@@ -72,7 +72,7 @@ def run_session(options: Options, workers: int, watcher: object) -> Session:
     return Session(
         records=(*taken, *recorder.records),
         taken_over=len(taken),
-        complaints=tuple(recorder.deviations.complaints()),
+        complaints=tuple(recorder.complaints()),
         problems=tuple(recorder.problems),
         interrupted=ended == pytest.ExitCode.INTERRUPTED and not quiet.failed_to_collect,
         broken=quiet.text() if quiet.failed_to_collect else None,

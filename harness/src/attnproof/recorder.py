@@ -102,6 +102,10 @@ class Recorder:
         """What is known of the target when the run starts."""
         return self._header
 
+    def complaints(self) -> list[str]:
+        """What is out of date in the deviations file."""
+        return self.deviations.complaints(lambda: (case.id for case in cases.all_cases()))
+
     # Hooks, in the order in which pytest calls them.
 
     @pytest.hookimpl(tryfirst=True)
@@ -195,7 +199,7 @@ class Recorder:
             self.problems.append(self._journal.problem)
         everything = [*self.finished.values(), *self.records]
         if self.options.json is not None:
-            self.problems += write_results(self.options, everything, self.deviations.complaints())
+            self.problems += write_results(self.options, everything, self.complaints())
         if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and everything:
             session.exitstatus = pytest.ExitCode.OK
         if session.exitstatus == pytest.ExitCode.OK and (
@@ -208,7 +212,7 @@ class Recorder:
         everything = [*self.finished.values(), *self.records]
         if self.is_worker or not everything:
             return
-        complaints = self.deviations.complaints()
+        complaints = self.complaints()
         summary = summarise(everything, complaints)
         terminalreporter.section(f"attnproof: {self.options.target}")
         terminalreporter.write(_as_text(feature_table(summary)))

@@ -25,12 +25,17 @@ FEATURES: tuple[dict[str, Any], ...] = (
     {"sinks": True},
     {"scale": 0.3},
     {"heads_kv": 2},
+    {"heads_kv": 1},
 )
 
 
 @cases(
     quick=each_dtype(
-        {"lengths": lengths((64, 64), (33, 129)), "distribution": ("normal", "large")}, heads_q=3
+        {
+            "lengths": lengths((64, 64), (33, 129), (1, 2039)),
+            "distribution": ("normal", "large"),
+        },
+        heads_q=3,
     ),
     full=each_dtype(
         {

@@ -274,7 +274,8 @@ def test_alibi(problem: Problem, subject: Subject) -> None:
     quick=joined(
         turning([{"seqlen_k": 65}, {"seqlen_k": 300}], sinks=True, heads_q=4, seqlen_q=65, **rule)
         for rule in (*RULES, {"window": (5, 5)})
-    ),
+    )
+    + turning([{"dtype": "bf16"}], sinks=True, heads_q=4, seqlen_q=1, seqlen_k=2039),
     full=joined(
         problems(
             {"lengths": lengths((64, 64), (65, 257), (257, 65)), "dtype": DTYPES},
@@ -303,6 +304,7 @@ _SINGLE: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": True},
     "scale": {"scale": 0.3},
     "gqa": {"heads_kv": 2},
+    "mqa": {"heads_kv": 1},
     "value dim": {"head_dim_v": 32},
 }
 _QUICK_PAIRS = (
@@ -312,6 +314,8 @@ _QUICK_PAIRS = (
     ("gqa", "causal top-left"),
     ("gqa", "causal bottom-right"),
     ("gqa", "sinks"),
+    ("mqa", "bias"),
+    ("mqa", "mask"),
     ("mask", "bias"),
     ("bias", "scale"),
     ("mask", "value dim"),
@@ -334,7 +338,7 @@ def _pairs(pairs: tuple[tuple[str, str], ...], **base: object) -> tuple[Problem,
                 (one, other)
                 for n, one in enumerate(_SINGLE)
                 for other in list(_SINGLE)[n + 1 :]
-                if not (one.startswith("causal") and other.startswith("causal"))
+                if not _SINGLE[one].keys() & _SINGLE[other].keys()
             ),
             seqlen_k=keys,
         )

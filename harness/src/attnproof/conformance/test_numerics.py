@@ -129,6 +129,26 @@ def test_long(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
+    quick=(
+        Problem(heads_q=4, seqlen_q=1, seqlen_k=2039, dtype="bf16", distribution="needles"),
+        Problem(heads_q=4, seqlen_q=1, seqlen_k=1000, dtype="fp16", distribution="ones"),
+        Problem(batch=2, seqlen_q=2, seqlen_k=1031),
+    ),
+    full=each_dtype(
+        {
+            "lengths": lengths((1, 4096), (1, 2039), (3, 8191)),
+            "distribution": ("normal", "ones", "needles", "rising", "falling"),
+            "batch": BATCHES,
+        }
+    ),
+    feature="long rows",
+)
+def test_decode(problem: Problem, subject: Subject) -> None:
+    """Few queries and many keys: where kernels split the keys, and merge what they got."""
+    subject.check(problem)
+
+
+@cases(
     quick=turning(({"scale": s} for s in (0.5, 1.0, 0.03)), seqlen_q=65, seqlen_k=127, heads_q=2),
     full=problems(
         {"scale": (0.01, 0.088, 0.3, 1.0), "dtype": DTYPES, "head_dim": (64, 128)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -61,9 +62,18 @@ class Deviations:
         """The cases that were said to deviate, and conform."""
         return dict(self._conforming)
 
-    def complaints(self) -> list[str]:
-        """What is out of date in the deviations file, a sentence each."""
-        said = [f"{e.source}: matches no case of this run: {e}" for e in self.unmatched()]
+    def complaints(self, shipped: Callable[[], Iterable[str]] = tuple) -> list[str]:
+        """What is out of date in the deviations file, a sentence each.
+
+        An entry that matches one of the ``shipped`` ids is about cases that this run left out.
+        """
+        unmatched = self.unmatched()
+        left_out = list(shipped()) if unmatched else []
+        said = [
+            f"{entry.source}: matches no case of this run: {entry}"
+            for entry in unmatched
+            if not any(entry.matches(case_id) for case_id in left_out)
+        ]
         for case_id, entry in self._conforming.items():
             said.append(f"{entry.source}: {case_id} no longer deviates: {entry.reason}")
         return said
