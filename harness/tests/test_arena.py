@@ -11,10 +11,10 @@ import torch
 
 from attn_reference.inputs import Inputs
 from attn_reference.problem import Problem
-from attnproof import arena as arena_module
-from attnproof.arena import MARGIN, PAGE, Arena, ArenaMap, draw_map
-from attnproof.mapped import MappedArena
 from attnproof.plan import Call, Plan, Surroundings
+from attnproof.worker import arena as arena_module
+from attnproof.worker.arena import MARGIN, PAGE, Arena, ArenaMap, draw_map
+from attnproof.worker.mapped import MappedArena
 
 LAYOUTS = (("k", "bshd+gap"), ("q", "bhds+offset"), ("bias", "expand"))
 

@@ -18,7 +18,7 @@ from attn_reference.forward import attention as truth
 from attn_reference.inputs import Inputs
 from attn_reference.problem import Problem
 from attnproof.backend import Backend
-from attnproof.inputs import make_inputs
+from attnproof.inputs.make import make_inputs
 from attnproof.targets import TargetSpec, load
 
 TARGETS = {

@@ -20,9 +20,9 @@ from attn_reference.precision import (
     Precision,
 )
 from attn_reference.problem import Problem
-from attnproof.budget import expectation
-from attnproof.expected import Expected, compare
-from attnproof.inputs import make_inputs, make_keep_mask
+from attnproof.budget.expectation import expectation
+from attnproof.budget.expected import Expected, compare
+from attnproof.inputs.make import make_inputs, make_keep_mask
 
 FEATURES = (
     "b2_h2x2_q17_k33_d16_{}_causal=top-left_grad=q,k,v",
@@ -115,8 +115,8 @@ def test_the_score_term_holds_for_the_worst_signs(size: float) -> None:
     from attn_reference.rounding import Rounding
     from attn_reference.scores import KeyHead
     from attn_reference.sequences import sequences
-    from attnproof.budget_forward import forward_chunk
-    from attnproof.budget_units import Units
+    from attnproof.budget.forward import forward_chunk
+    from attnproof.budget.units import Units
 
     problem, inputs = case("b1_h1x1_q6_k12_d8_fp32_dist=normal:3")
     units = Units(problem, replace(FLASH, exp_error=0.0))

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from attnproof.backend import Capabilities
-from attnproof.calibration import main
-from attnproof.calibration_kernels import CUDA_KERNELS, kernel
-from attnproof.calibration_problems import COMPILED, CPU, CUDA, random_problem
-from attnproof.calibration_record import Measurement
-from attnproof.calibration_summary import summary
+from attnproof.calibration.command import main
+from attnproof.calibration.kernels import CUDA_KERNELS, kernel
+from attnproof.calibration.measure import Measurement
+from attnproof.calibration.problems import COMPILED, CPU, CUDA, random_problem
+from attnproof.calibration.summary import summary
 from attnproof.precision import cpu_flash_precision
 from attnproof.signatures.common import FEATURES
 from attnproof.targets import LoadError

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from attn_reference.problem import Problem
-from attnproof import canary
-from attnproof.canary import CanaryAllocations
-from attnproof.inputs import make_inputs
+from attnproof.inputs.make import make_inputs
 from attnproof.plan import Call, Plan
 from attnproof.targets import TargetSpec
-from attnproof.worker import InProcessRunner, IsolatedRunner
+from attnproof.worker import canary
+from attnproof.worker.canary import CanaryAllocations
+from attnproof.worker.runners import InProcessRunner, IsolatedRunner
 
 MISBEHAVING = Path(__file__).with_name("misbehaving.py")
 LIKE = torch.ones(2, 3)

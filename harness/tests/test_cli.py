@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from attnproof.cli import app
+from attnproof.cli.main import app
 
 TARGETS = Path(__file__).parent / "planted" / "small.py"
 CASE = "heads/groups/b1_h4x2_q5_k9_d16_fp32"

@@ -11,9 +11,9 @@ from attn_reference.problem import FEATURES, Problem
 from attnproof.cases import all_cases, cases, chapters, checks, declaration, shown_features
 from attnproof.conformance.cover import cover, problems
 from attnproof.conformance.exploring import explore
-from attnproof.inputs import make_inputs
+from attnproof.inputs.make import make_inputs
+from attnproof.judge.vacuity import vacuous_features
 from attnproof.layout import parse_layout
-from attnproof.vacuity import vacuous_features
 from attnproof.verdict import NotConforming, Status, Verdict
 
 QUICK_CASES = 500  # more take longer than a minute

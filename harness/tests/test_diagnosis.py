@@ -17,9 +17,9 @@ from attn_reference.forward import attention
 from attn_reference.inputs import Attention, Gradients, Inputs
 from attn_reference.precision import FLASH
 from attn_reference.problem import Problem
-from attnproof.diagnosis import diagnose
-from attnproof.diagnosis_case import MISTAKES
-from attnproof.inputs import make_inputs
+from attnproof.diagnosis.case import MISTAKES
+from attnproof.diagnosis.examine import diagnose
+from attnproof.inputs.make import make_inputs
 from attnproof.plan import CallResult
 
 PLANTED = Path(__file__).parent / "planted"

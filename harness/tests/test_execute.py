@@ -13,15 +13,15 @@ import torch
 from attn_reference.inputs import Attention, Inputs
 from attn_reference.precision import FLASH
 from attn_reference.problem import Problem
-from attnproof.arena import Arena
 from attnproof.backend import Capabilities
-from attnproof.execute import Executor
-from attnproof.inputs import make_inputs
-from attnproof.integrity import Watch
-from attnproof.mapped import MappedArena
+from attnproof.inputs.make import make_inputs
 from attnproof.plan import Call, CallResult, Outcome, Plan, Surroundings
 from attnproof.targets import TargetSpec
-from attnproof.worker import InProcessRunner, IsolatedRunner
+from attnproof.worker.arena import Arena
+from attnproof.worker.execute import Executor
+from attnproof.worker.integrity import Watch
+from attnproof.worker.mapped import MappedArena
+from attnproof.worker.runners import InProcessRunner, IsolatedRunner
 
 MISBEHAVING = Path(__file__).with_name("misbehaving.py")
 PROBLEM = Problem(heads_q=2, seqlen_q=5, seqlen_k=7, head_dim=8, dtype="fp64")

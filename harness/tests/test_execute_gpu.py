@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from attn_reference.problem import Problem
-from attnproof.inputs import make_inputs
+from attnproof.inputs.make import make_inputs
 from attnproof.plan import Call, CallResult, Outcome, Plan
 from attnproof.targets import TargetSpec
-from attnproof.worker import InProcessRunner, IsolatedRunner
+from attnproof.worker.runners import InProcessRunner, IsolatedRunner
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

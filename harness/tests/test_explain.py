@@ -18,7 +18,7 @@ from attn_reference.problem import Problem
 from attnproof.backend import Capabilities
 from attnproof.computation import load_computation
 from attnproof.explain import ExplainError, explain, save_computation
-from attnproof.inputs import make_inputs, make_keep_mask
+from attnproof.inputs.make import make_inputs, make_keep_mask
 from attnproof.plan import CallResult
 
 EVERYTHING = (

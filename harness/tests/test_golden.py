@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from attn_reference.inputs import Gradients
 from attn_reference.problem import CAUSAL_ALIGNMENTS, DTYPES, Problem
-from attnproof import golden
-from attnproof.golden_vectors import VECTORS, answers, rounding_bounds, vector_inputs
+from attnproof.golden import vectors as golden
+from attnproof.golden.problems import VECTORS, answers, rounding_bounds, vector_inputs
 
 CHECKED_IN = Path(__file__).parents[2] / "golden" / "vectors"
 SOME = ("dense-bf16", "everything")

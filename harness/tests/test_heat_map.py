@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attn_reference.problem import Problem
-from attnproof.heat_map import canonical, glyph, heat_map, where
+from attnproof.diagnosis.heat_map import canonical, glyph, heat_map, where
 
 
 def test_blocks_of_rows_and_heads_are_shaded_by_their_worst_error() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from attn_reference.problem import Problem
 from attn_reference.sequences import sequences, visibility
-from attnproof.inputs import (
+from attnproof.inputs.make import (
     BIAS_PATTERNS,
     DISTRIBUTIONS,
     MASK_PATTERNS,
@@ -15,7 +15,7 @@ from attnproof.inputs import (
     make_inputs,
     make_keep_mask,
 )
-from attnproof.inputs_random import Stream
+from attnproof.inputs.streams import Stream
 
 
 def fingerprint(problem: Problem) -> str:

@@ -14,10 +14,10 @@ import torch
 
 from attn_reference.inputs import Inputs
 from attn_reference.problem import Problem
-from attnproof.inputs import make_inputs
+from attnproof.inputs.make import make_inputs
 from attnproof.plan import Call, Outcome, Plan, Reply, Surroundings
 from attnproof.targets import LoadError, TargetSpec
-from attnproof.worker import IsolatedRunner
+from attnproof.worker.runners import IsolatedRunner
 
 MISBEHAVING = Path(__file__).with_name("misbehaving.py")
 PROBLEM = Problem(heads_q=2, seqlen_q=8, head_dim=16)

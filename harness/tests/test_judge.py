@@ -16,8 +16,8 @@ from attn_reference.inputs import Attention, Gradients, Inputs
 from attn_reference.precision import EAGER, FLASH, FLASH_FP32_P, FLASH_TF32, Precision
 from attn_reference.problem import Problem
 from attnproof.backend import Capabilities
-from attnproof.inputs import make_inputs, make_keep_mask
-from attnproof.judge import DROPOUT_UNSEEN, canonical_lse, judge
+from attnproof.inputs.make import make_inputs, make_keep_mask
+from attnproof.judge.judging import DROPOUT_UNSEEN, canonical_lse, judge
 from attnproof.plan import CallResult
 from attnproof.verdict import Status, Verdict
 

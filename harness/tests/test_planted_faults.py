@@ -164,7 +164,7 @@ def test_every_fault_must_be_caught() -> None:
 def check(target: str, folder: Path, *options: str) -> tuple[int, str, dict[str, Any]]:
     """Exit status, output and JSON of the command line."""
     result = folder / "result.json"
-    main = "from attnproof.cli import main; main()"
+    main = "from attnproof.cli.main import main; main()"
     command = [sys.executable, "-c", main, "check", f"{PLANTED / 'faulty.py'}:{target}"]
     done = subprocess.run(
         [*command, "--device=cpu", f"--json={result}", *options],

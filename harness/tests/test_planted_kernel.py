@@ -20,7 +20,7 @@ from attn_reference.backward import gradients
 from attn_reference.forward import attention
 from attn_reference.inputs import Inputs
 from attn_reference.problem import Problem
-from attnproof.inputs import make_inputs
+from attnproof.inputs.make import make_inputs
 
 PLANTED = Path(__file__).parent / "planted"
 

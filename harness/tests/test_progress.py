@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from attnproof import cli_progress
-from attnproof.cli_progress import Watcher
+from attnproof.cli import progress as cli_progress
+from attnproof.cli.progress import Watcher
 
 
 def report(status: str, known: str | None = None) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from attnproof.cases import Case, find_case
-from attnproof.explanation import Explainer
+from attnproof.diagnosis.explainer import Explainer
 from attnproof.options import Options, make_subject
 from attnproof.replay import replay, smallest
 from attnproof.subject import Subject

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from attn_reference.problem import Problem
+from attnproof.diagnosis.heat_map import SHADES, heat_map
 from attnproof.environment import environment
-from attnproof.heat_map import SHADES, heat_map
 from attnproof.options import Options
 from attnproof.record import CaseRecord
-from attnproof.report import coloured, write_report
-from attnproof.summary import summarise
+from attnproof.report.page import coloured, write_report
+from attnproof.report.summary import summarise
+from attnproof.report.verdict_text import gist, replay_command, verdict_text
 from attnproof.verdict import Finding, Status, Verdict
-from attnproof.verdict_text import gist, replay_command, verdict_text
 
 OPTIONS = Options(target="my kernel.py:attend", signature="sdpa", device="cpu", seed=3)
 CASE = "masks/window/b1_h2x2_q9_k9_d8_fp32_window=2,0"

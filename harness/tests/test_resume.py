@@ -48,7 +48,7 @@ class Run:
         options = [f"--chapter={CHAPTER}", *(f"--dtype={dtype}" for dtype in DTYPES)]
         options += [f"--workers={self.workers}", "--device=cpu"]
         result = f"--json={self.folder / 'result.json'}"
-        main = f"{self.before}\nfrom attnproof.cli import main; main()"
+        main = f"{self.before}\nfrom attnproof.cli.main import main; main()"
         command = [sys.executable, "-c", main, "check", f"{SLOW}:{self.function}"]
         self.process = subprocess.Popen(
             [*command, *options, result, *more],

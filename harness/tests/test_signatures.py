@@ -15,7 +15,7 @@ from attn_reference.precision import EAGER, FLASH, Precision
 from attn_reference.problem import Problem
 from attnproof.backend import Capabilities
 from attnproof.backends.eager import attention as eager
-from attnproof.inputs import make_inputs
+from attnproof.inputs.make import make_inputs
 from attnproof.signatures import SIGNATURES, SignatureMismatch, adapt, detect
 from attnproof.signatures.common import FEATURES
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attn_reference.problem import Problem
-from attnproof.inputs import make_inputs
+from attnproof.inputs.make import make_inputs
 from attnproof.signatures import FunctionBackend, SignatureMismatch, adapt
 
 SMALL = Problem(batch=2, heads_q=4, heads_kv=2, seqlen_q=5, seqlen_k=7, head_dim=8)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnproof.expected import Expected
-from attnproof.statistics import (
+from attnproof.budget.expected import Expected
+from attnproof.judge.statistics import (
     INFLATION,
     Statistic,
     largest_normal,

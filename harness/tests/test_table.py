@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from attnproof.record import CaseRecord
-from attnproof.summary import Exit, Summary, document, summarise
-from attnproof.table import feature_table
+from attnproof.report.summary import Exit, Summary, document, summarise
+from attnproof.report.table import feature_table
 from attnproof.verdict import Status, Verdict
 
 

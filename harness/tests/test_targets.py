@@ -13,7 +13,7 @@ from attn_reference.precision import FLASH
 from attn_reference.problem import Problem
 from attnproof import targets
 from attnproof.backend import Backend, Description
-from attnproof.inputs import make_inputs
+from attnproof.inputs.make import make_inputs
 from attnproof.precision import cpu_eager_precision, cpu_flash_precision
 from attnproof.targets import LoadError, TargetSpec, describe, load, registered
 

@@ -6,8 +6,8 @@ import pytest
 
 from attn_reference.precision import EAGER, FLASH
 from attn_reference.problem import Problem
-from attnproof.inputs import make_inputs
-from attnproof.vacuity import WITHOUT, vacuous_features
+from attnproof.inputs.make import make_inputs
+from attnproof.judge.vacuity import WITHOUT, vacuous_features
 
 SHOWN = {
     "causal top-left": "b1_h1x1_q16_k16_d16_bf16_causal=top-left",

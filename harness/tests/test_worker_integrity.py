@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from attnproof.integrity import Functions, Settings, Threads, Watch
+from attnproof.worker.integrity import Functions, Settings, Threads, Watch
 
 
 @pytest.fixture

@@ -14,16 +14,16 @@ import torch
 
 from attn_reference.inputs import Attention, Gradients, Inputs
 from attn_reference.problem import Problem
-from attnproof.inputs import make_inputs
-from attnproof.messages import (
+from attnproof.inputs.make import make_inputs
+from attnproof.plan import Call, CallResult, Outcome, Plan, Surroundings
+from attnproof.worker.messages import (
     plan_header,
     plan_of,
     read_outcome,
     read_results,
     results_header,
 )
-from attnproof.plan import Call, CallResult, Outcome, Plan, Surroundings
-from attnproof.protocol import HEADER_LIMIT, Channel, Closed, ProtocolError, clean
+from attnproof.worker.protocol import HEADER_LIMIT, Channel, Closed, ProtocolError, clean
 
 PROBLEM = Problem(heads_q=2, seqlen_q=3, head_dim=4, gradients=("q",), softcap=2.5)
 PLAN = Plan(calls=[Call(problem=PROBLEM, inputs=make_inputs(PROBLEM))])

@@ -23,7 +23,7 @@ from attn_reference.problem import DTYPES, GRADIENT_NAMES, Problem
 from attn_reference.validation import validate
 
 from .backend import Capabilities
-from .judge_form import canonical_lse
+from .judge.form import canonical_lse
 from .plan import CallResult
 
 INPUTS = tuple(f.name for f in fields(Inputs))

@@ -15,11 +15,11 @@ from attn_reference.precision import EAGER, Precision
 from attn_reference.problem import Problem
 
 from .backend import Capabilities
-from .budget import expectation
+from .budget.expectation import expectation
+from .budget.expected import Expected, compare
 from .computation import Computation, ComputationError, load_computation, save_computation
-from .expected import Expected, compare
-from .judge import DROPOUT_UNSEEN, compare_values, looser_profile
-from .judge_form import Given, given
+from .judge.form import Given, given
+from .judge.judging import DROPOUT_UNSEEN, compare_values, looser_profile
 from .verdict import Status, Verdict
 
 __all__ = [

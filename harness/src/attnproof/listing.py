@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .backend import Description
 from .cases import LEVELS, cases_of, chapters, checks, declaration
 from .targets import LoadError, TargetSpec, registered
-from .worker import IsolatedRunner
+from .worker.runners import IsolatedRunner
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -208,10 +208,10 @@ def make_subject(options: Options) -> Subject:
     """The target, described and ready to be judged. Raises LoadError when it cannot be loaded."""
     from attn_reference.precision import PROFILES
 
-    from .explanation import Explainer
+    from .diagnosis.explainer import Explainer
     from .subject import Subject
     from .targets import TargetSpec
-    from .worker import InProcessRunner, IsolatedRunner
+    from .worker.runners import InProcessRunner, IsolatedRunner
 
     device = resolved_device(options.device)
     spec = TargetSpec(options.target, options.signature)

@@ -26,13 +26,13 @@ from .deviations import DeviationsError, load_deviations
 from .environment import cores
 from .options import Options, make_subject, resolved_device
 from .record import CaseRecord, Journal, JournalError
-from .results import write_results
+from .report.results import write_results
+from .report.summary import summarise
+from .report.table import feature_table
+from .report.verdict_text import verdict_text
 from .subject import Subject
-from .summary import summarise
-from .table import feature_table
 from .targets import LoadError
 from .verdict import NOT_JUDGED, NotConforming, Status, Verdict
-from .verdict_text import verdict_text
 
 PROPERTY = "attnproof"  # the name of the property of a report that carries the record
 GPUS = Path("/proc/driver/nvidia/gpus")

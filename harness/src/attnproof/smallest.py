@@ -10,10 +10,10 @@ from .cases import Case, find_case
 from .options import Options, make_subject
 from .record import CaseRecord
 from .replay import smallest
+from .report.verdict_text import replay_command
 from .subject import Subject
 from .targets import LoadError
 from .verdict import Status
-from .verdict_text import replay_command
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from attn_reference.problem import Problem
 
 from .backend import Description
 from .cases import shown_features
-from .inputs import make_inputs
-from .judge import judge
+from .inputs.make import make_inputs
+from .judge.judging import judge
+from .judge.vacuity import vacuous_features
 from .plan import Call, CallResult, Outcome, Plan, Reply
-from .vacuity import vacuous_features
 from .verdict import Finding, NotConforming, Status, Verdict
 
 

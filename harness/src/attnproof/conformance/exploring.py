@@ -19,10 +19,10 @@ from torch import Tensor
 from attn_reference.inputs import Inputs
 from attn_reference.problem import Problem
 
-from ..budget import expectation
+from ..budget.expectation import expectation
+from ..budget.expected import Expected
 from ..cases import declaration
-from ..expected import Expected
-from ..judge_form import canonical_lse
+from ..judge.form import canonical_lse
 from ..plan import Call, CallResult, Plan
 from ..subject import Subject
 from ..verdict import NotConforming

@@ -16,7 +16,7 @@ from attn_reference.inputs import Inputs
 from attn_reference.problem import Problem
 
 from ..cases import cases
-from ..inputs_random import Stream
+from ..inputs.streams import Stream
 from ..subject import Subject
 from .exploring import allowed, answers, explore, require_equal, tensor
 from .recipe import GRADIENTS, turning

@@ -1,0 +1,1 @@
+"""How far from the fp64 answer an honest implementation may be, element by element."""

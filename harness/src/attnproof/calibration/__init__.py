@@ -1,0 +1,1 @@
+"""How much room the budget leaves honest kernels: ``python -m attnproof.calibration``."""

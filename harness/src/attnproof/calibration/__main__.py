@@ -1,0 +1,5 @@
+"""``python -m attnproof.calibration``."""
+
+from .command import main
+
+raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""What a deviating answer looks like, and where it deviates."""

@@ -1,0 +1,1 @@
+"""The checked-in truth, recomputed and compared."""

@@ -1,0 +1,1 @@
+"""From what a target gave to a verdict."""

@@ -1,0 +1,1 @@
+"""What a run says: tables, texts, JSON and the HTML page."""

@@ -1,0 +1,33 @@
+"""The results of a run as one JSON file, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from ..environment import environment
+from ..options import Options
+from ..record import CaseRecord
+from .summary import document
+
+
+def write_results(
+    options: Options, records: Sequence[CaseRecord], complaints: Sequence[str]
+) -> list[str]:
+    """Write environment, options, summary and a row per feature and per case to ``options.json``.
+
+    Gives what went wrong, a sentence each.
+    """
+    assert options.json is not None
+    run = asdict(options) | {"json": str(options.json)}
+    text = json.dumps(document(records, environment(), run, complaints), indent=1)
+    part = options.json.with_name(options.json.name + ".part")
+    try:
+        part.write_text(text + "\n", encoding="utf-8")
+        os.replace(part, options.json)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        return [f"{options.json}: cannot be written: {error.strerror}"]
+    return []
