@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from attn_reference.problem import Problem
 from attnproof.backend import Capabilities
 from attnproof.calibration.command import main
 from attnproof.calibration.kernels import CUDA_KERNELS, kernel
 from attnproof.calibration.measure import Measurement
 from attnproof.calibration.problems import COMPILED, CPU, CUDA, random_problem
 from attnproof.calibration.summary import summary
+from attnproof.inputs.make import make_inputs
 from attnproof.precision import cpu_flash_precision
 from attnproof.signatures.common import FEATURES
 from attnproof.targets import LoadError
@@ -24,7 +26,9 @@ NUMERICAL = Path(__file__).parent / "numerical_faults.py"
 
 
 def lines(file: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    """The measurements of a file, without what they ran on."""
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    return [line for line in found if "environment" not in line]
 
 
 def test_problems_are_the_same_every_time_and_differ() -> None:
@@ -66,7 +70,7 @@ def test_a_correct_kernel_conforms_and_a_second_run_resumes(
     with file.open("a") as open_file:
         open_file.write("\n")
     assert main([*run, "--problems", "3"]) == 0
-    assert len(file.read_text().splitlines()) == 6 + 1 + 3
+    assert len(file.read_text().splitlines()) == 6 + 1 + 3 + 2  # each run says on what it ran
     assert main(["--summary", str(file)]) == 0
     said = capsys.readouterr().out
     assert "| sdpa-math |" in said
@@ -102,6 +106,55 @@ def test_faults_that_are_in_the_numbers_only(fault: str, status: int) -> None:
     problem = "b1_h2x2_q64_k64_d32_bf16_softcap=5_grad=q,k,v"
     run = ["--kernel", f"{NUMERICAL}:{fault}", "--problem", problem, "--problems", "2"]
     assert main(run) == status
+
+
+NO_ANSWER = """
+import os, time
+from torch.nn.functional import scaled_dot_product_attention
+
+def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    if q[0, 0, 0, 0] > 1.0:
+        os._exit(3)
+    if q[0, 0, 0, 0] < -1.0:
+        time.sleep(60)
+    return scaled_dot_product_attention(q, k, v)
+"""
+
+
+def test_a_kernel_that_dies_or_hangs_costs_one_problem(tmp_path: Path) -> None:
+    (tmp_path / "kernel.py").write_text(NO_ANSWER)
+    file = tmp_path / "measured.jsonl"
+    run = ["--kernel", f"{tmp_path / 'kernel.py'}:attend", "--workers", "2", "--timeout", "8"]
+    run += ["--problem", "b1_h1x1_q3_k5_d32_bf16", "--problems", "9", "--json", str(file)]
+    assert main(run) == 1
+    found = {m["index"]: (m["status"], str(m["reason"])) for m in lines(file)}
+    problem = Problem.from_id("b1_h1x1_q3_k5_d32_bf16")
+    first = {n: make_inputs(problem.replace(seed=n)).q[0, 0, 0, 0].item() for n in range(9)}
+    died = {n for n, value in first.items() if value > 1}
+    hung = {n for n, value in first.items() if value < -1}
+    assert died
+    assert hung
+    assert {n for n, f in found.items() if f[0] == "crashed"} == died
+    assert {n for n, f in found.items() if f[0] == "timed out"} == hung
+    assert {f[0] for n, f in found.items() if n not in died | hung} == {"conforms"}
+    assert "exit code 3" in found[min(died)][1]
+    assert main(run) == 1  # they are not tried again
+    assert len(lines(file)) == 9
+
+
+def test_the_figures_are_written_with_what_they_were_measured_on(tmp_path: Path) -> None:
+    file, written = tmp_path / "measured.jsonl", tmp_path / "figures.json"
+    run = ["--kernel", "sdpa-math", "--dtype", "bf16", "--problems", "2", "--json", str(file)]
+    assert main(run) == 0
+    assert main(["--summary", str(file), "--write", str(written)]) == 0
+    figures = json.loads(written.read_text())
+    (ran_on,) = figures["environments"]
+    assert ran_on["versions"]["torch"] == torch.__version__
+    assert {"date", "commit", "cpu", "gpus"} <= ran_on.keys()
+    (result,) = figures["results"]
+    assert result["problems"] == {"conforms": 2}
+    worst = max(m["worst"]["out"] for m in lines(file))  # type: ignore[index]
+    assert result["worst_error_over_budget"]["out"] == pytest.approx(worst, abs=1e-3)
 
 
 def test_workers_give_the_same_measurements(tmp_path: Path) -> None:

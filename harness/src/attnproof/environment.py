@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ def environment() -> dict[str, Any]:
     import torch
 
     return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions(),
@@ -52,6 +56,43 @@ def environment() -> dict[str, Any]:
         "gpus": gpus(),
         "variables": variables(),
     }
+
+
+def commit() -> str | None:
+    """The commit of the source, "+" after it when files differ; None where git knows of none.
+
+    The variable ATTNPROOF_COMMIT says it where an installed package runs.
+    """
+    said = os.environ.get("ATTNPROOF_COMMIT")
+    if said:
+        return said
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def driver() -> str | None:
+    """The version of the NVIDIA driver, where its tool is there to say it."""
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.splitlines()[0].strip() if found.stdout.strip() else None
 
 
 def versions() -> dict[str, str]:
@@ -108,6 +149,7 @@ def gpus() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
     found = []
+    version = driver()
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found.append(
@@ -117,6 +159,7 @@ def gpus() -> list[dict[str, Any]]:
                 "memory_gib": round(properties.total_memory / GIB, 1),
                 "multiprocessors": properties.multi_processor_count,
                 "cuda": torch.version.cuda or torch.version.hip,
+                "driver": version,
             }
         )
     return found
@@ -128,7 +171,7 @@ def lines(found: dict[str, Any] | None = None) -> list[tuple[str, str]]:
     cpu = found["cpu"]
     gpu = [
         f"{g['name']} (sm {g['capability'].replace('.', '')}, {g['memory_gib']} GiB, "
-        f"{g['multiprocessors']} SMs, CUDA {g['cuda']})"
+        f"{g['multiprocessors']} SMs, CUDA {g['cuda']}, driver {g['driver']})"
         for g in found["gpus"]
     ]
     cores = "1 core" if cpu["cores"] == 1 else f"{cpu['cores']} cores"

@@ -1,12 +1,13 @@
 """How much room the budget leaves: honest kernels on random problems, none of which may deviate.
 
     python -m attnproof.calibration --kernel sdpa-flash --problems 2000 --json FILE --workers 2
-    python -m attnproof.calibration --summary FILE
+    python -m attnproof.calibration --summary FILE... --write golden/performance/calibration.json
 
-FILE holds a JSON line for every problem, written as it is measured; a second run with the same
-FILE goes on where the first one stopped. With --problem ID the same problem is measured under
-many seeds, which gives the rate at which a planted fault is caught. docs/calibration.md has
-the figures.
+FILE holds a JSON line for every problem, written as it is measured, after one that says on what;
+a second run with the same FILE goes on where the first one stopped. A process that dies or hangs
+costs the problem that it was at. With --problem ID the same problem is measured under many
+seeds, which gives the rate at which a planted fault is caught. docs/calibration.md has the
+figures.
 """
 
 from __future__ import annotations
@@ -16,31 +17,38 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, as_completed
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
+from pebble import ProcessExpired, ProcessPool
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from attn_reference.precision import PROFILES, Precision
 from attn_reference.problem import Problem
 
+from ..environment import environment
 from ..targets import LoadError
 from .kernels import CUDA_KERNELS, Kernel, kernel
 from .measure import Measurement, instructions, measure
 from .problems import random_problem
-from .summary import summary
+from .summary import record, summary
 
 DTYPES = ("fp32", "bf16", "fp16")
 Task = tuple[str, int]  # dtype, index
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure or summarise; 0 when nothing deviated, 1 when something did, 2 for bad usage."""
+    """Measure or summarise; 0, or 1 when a problem deviated or got no answer, 2 for bad usage."""
     options = _parser().parse_args(arguments)
     if options.summary is not None:
         found = [m for path in options.summary for m in _read(path)]
         print(summary(found))
+        if options.write is not None:
+            environments = [e for path in options.summary for e in _environments(path)]
+            text = json.dumps(record(found, environments), indent=1, ensure_ascii=False)
+            options.write.write_text(text + "\n", encoding="utf-8")
         return _status(found)
     if options.kernel is None:
         print("--kernel is missing: name a kernel or a target, or --summary FILE", file=sys.stderr)
@@ -86,24 +94,40 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=sorted(PROFILES), help="in place of the declared")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, help="seconds for a problem (%(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="JSON lines; resumed if there")
     parser.add_argument(
         "--summary", type=Path, nargs="+", metavar="FILE", help="only print what FILEs hold"
+    )
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="with --summary: the figures as JSON"
     )
     return parser
 
 
 def _read(path: Path) -> Iterator[Measurement]:
-    """The measurements of a file; a last line that was cut off is left out."""
+    """The measurements of a file."""
+    return (Measurement.from_dict(line) for line in _lines(path) if "environment" not in line)
+
+
+def _environments(path: Path) -> Iterator[dict[str, Any]]:
+    """On what each run that wrote to the file ran."""
+    return (line["environment"] for line in _lines(path) if "environment" in line)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """What a file holds; a last line that was cut off is left out."""
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            yield Measurement.from_dict(json.loads(line))
+            yield json.loads(line)
         except json.JSONDecodeError:
             continue
 
 
 def _status(measured: Iterable[Measurement]) -> int:
-    return int(any(m.status == "deviates" for m in measured))
+    return int(any(m.status in ("deviates", "crashed", "timed out") for m in measured))
 
 
 def _carry_out(tasks: list[Task], options: argparse.Namespace) -> list[Measurement]:
@@ -112,11 +136,13 @@ def _carry_out(tasks: list[Task], options: argparse.Namespace) -> list[Measureme
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     measured: list[Measurement] = []
     try:
+        if tasks:
+            _write({"environment": environment()}, file)
         with Progress(*columns, TimeRemainingColumn()) as progress:
             bar = progress.add_task(options.kernel, total=len(tasks))
             for measurement in _measurements(tasks, options):
                 measured.append(measurement)
-                _write(measurement, file)
+                _write(measurement.as_dict(), file)
                 deviating = sum(m.status == "deviates" for m in measured)
                 progress.update(bar, advance=1, description=f"{options.kernel}: {deviating} wrong")
     finally:
@@ -125,20 +151,32 @@ def _carry_out(tasks: list[Task], options: argparse.Namespace) -> list[Measureme
     return measured
 
 
-def _write(measurement: Measurement, file: TextIO | None) -> None:
+def _write(line: dict[str, Any], file: TextIO | None) -> None:
     if file is not None:
-        file.write(json.dumps(measurement.as_dict()) + "\n")
+        file.write(json.dumps(line) + "\n")
         file.flush()
 
 
 def _measurements(tasks: list[Task], options: argparse.Namespace) -> Iterator[Measurement]:
-    if options.workers <= 1:
-        worker = _Worker(options)
-        yield from map(worker, tasks)
-        return
+    """In processes of their own: a kernel that crashes or hangs costs one problem."""
+    here = _Worker(options)
     context = multiprocessing.get_context("spawn")
-    with context.Pool(options.workers, _start, (options,)) as pool:
-        yield from pool.imap_unordered(_work, tasks, chunksize=4)
+    with ProcessPool(options.workers, 0, _start, (options,), context) as pool:
+        futures: dict[Future[Measurement], Task] = {
+            pool.schedule(_work, (task,), timeout=options.timeout): task for task in tasks
+        }
+        try:
+            for future in as_completed(futures):
+                try:
+                    yield future.result()
+                except ProcessExpired as died:
+                    reason = f"the process ended with exit code {died.exitcode}"
+                    yield here.lost(futures[future], "crashed", reason)
+                except TimeoutError:
+                    reason = f"no answer in {options.timeout:g} s"
+                    yield here.lost(futures[future], "timed out", reason)
+        finally:
+            pool.stop()  # type: ignore[no-untyped-call]
 
 
 class _Worker:
@@ -156,15 +194,35 @@ class _Worker:
         )
 
     def __call__(self, task: Task) -> Measurement:
+        return measure(
+            self.options.kernel,
+            self.kernel,
+            self._problem(task),
+            task[1],
+            self.options.device,
+            self.precision,
+        )
+
+    def lost(self, task: Task, status: str, reason: str) -> Measurement:
+        """What is left of a problem whose process gave no answer."""
+        dtype, index = task
+        return Measurement(
+            kernel=self.options.kernel,
+            device=self.options.device,
+            instructions=instructions(self.options.device),
+            dtype=dtype,
+            index=index,
+            problem=self._problem(task).id,
+            status=status,
+            reason=reason,
+        )
+
+    def _problem(self, task: Task) -> Problem:
         dtype, index = task
         if self.options.problem is not None:
-            problem = Problem.from_id(self.options.problem).replace(seed=index)
-        else:
-            capabilities = self.kernel.backend.capabilities
-            problem = random_problem(index, dtype, capabilities, self.kernel.space)
-        return measure(
-            self.options.kernel, self.kernel, problem, index, self.options.device, self.precision
-        )
+            return Problem.from_id(self.options.problem).replace(seed=index)
+        capabilities = self.kernel.backend.capabilities
+        return random_problem(index, dtype, capabilities, self.kernel.space)
 
 
 _worker: _Worker | None = None

@@ -29,7 +29,10 @@ DOMINANT = 0.5
 
 @dataclass(kw_only=True)
 class Measurement:
-    """What one problem told. ``status``: conforms, deviates, vacuous, skipped or raised."""
+    """What one problem told.
+
+    ``status`` is conforms, deviates, vacuous, skipped, raised, crashed or timed out.
+    """
 
     kernel: str
     device: str

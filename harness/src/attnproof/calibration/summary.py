@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from .measure import Measurement
 
@@ -22,6 +25,43 @@ def summary(measured: Iterable[Measurement]) -> str:
         return "nothing was measured"
     parts = [_worst(groups), _room(groups), _unusual(groups)]
     return "\n\n".join(part for part in parts if part)
+
+
+def record(measured: Iterable[Measurement], environments: Sequence[Any]) -> dict[str, Any]:
+    """The same figures as plain values, with what they were measured on."""
+    groups: dict[Group, list[Measurement]] = {}
+    for m in measured:
+        groups.setdefault((m.kernel, m.instructions, m.dtype), []).append(m)
+    distinct = {json.dumps(e, sort_keys=True): e for e in environments}
+    return {
+        "what": "share of the error budget that honest kernels use on random problems: "
+        "python -m attnproof.calibration",
+        "environments": list(distinct.values()),
+        "results": [
+            {
+                "kernel": kernel,
+                "on": on,
+                "dtype": dtype,
+                "problems": dict(sorted(Counter(m.status for m in found).items())),
+                "worst_error_over_budget": _maxima(TENSORS, [m.worst for m in found]),
+                "worst_statistic_over_limit": _maxima(STATISTICS, [m.statistics for m in found]),
+                "no_answer": {
+                    m.problem: f"{m.status}: {m.reason}"
+                    for m in found
+                    if m.status in ("crashed", "timed out")
+                },
+            }
+            for (kernel, on, dtype), found in sorted(groups.items())
+        ],
+    }
+
+
+def _maxima(names: Iterable[str], found: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {
+        name: round(max(values[name] for values in found if name in values), 3)
+        for name in names
+        if any(name in values for values in found)
+    }
 
 
 def _worst(groups: dict[Group, list[Measurement]]) -> str:
@@ -64,7 +104,7 @@ def _unusual(groups: dict[Group, list[Measurement]]) -> str:
     """What did not conform, or could not be judged: how often and for example."""
     lines = []
     for (kernel, on, dtype), found in sorted(groups.items()):
-        for status in ("deviates", "vacuous", "raised", "skipped"):
+        for status in ("deviates", "crashed", "timed out", "vacuous", "raised", "skipped"):
             some = [m for m in found if m.status == status]
             if not some:
                 continue
