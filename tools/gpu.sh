@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # All of the GPU work of the current change, on a machine with an NVIDIA GPU, in one go.
 #
-#   tools/gpu.sh RESULTS [PROBLEMS [DEVICES]]
+#   tools/gpu.sh RESULTS [PROBLEMS [PARTS]]
 #
 # Needs torch with CUDA, and attnproof and attnproof-reference installed. ATTNPROOF_COMMIT names the
 # commit where there is no git checkout. Writes everything under RESULTS as it comes (a calibration
 # goes on from what lies there) and prints a short table last:
-# 1. conformance on the GPU of every registered backend that declares it;
+# 1. conformance on the GPU of the backends that it can run;
 # 2. the error budget on torch's CUDA kernels, PROBLEMS random problems per kernel and dtype;
 # 3. the same on torch's CPU kernels, with every instruction set that torch offers.
-# DEVICES is "cuda cpu", or one of the two: 1 and 2 are cuda, 3 is cpu.
+# PARTS is "checks cuda cpu", which are these three, or some of them.
 set -u
-results=${1:?"usage: tools/gpu.sh RESULTS [PROBLEMS [DEVICES]]"}
+results=${1:?"usage: tools/gpu.sh RESULTS [PROBLEMS [PARTS]]"}
 problems=${2:-1000}
-devices=${3:-cuda cpu}
+parts=${3:-checks cuda cpu}
 mkdir -p "$results"
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 
@@ -25,13 +25,20 @@ calibrate() { # DEVICE KERNEL WORKERS INSTRUCTION_SET|"" PROBLEMS
 }
 
 check() { # BACKEND
-  attnproof check "$1" --device cuda --json "$results/check-$1.json" >"$results/check-$1.txt" 2>&1 \
-    || echo "check $1: exit status $?"
+  attnproof check "$1" --device cuda --workers 2 --json "$results/check-$1.json" \
+    >"$results/check-$1.txt" 2>&1 || echo "check $1: exit status $?"
 }
 
-on_cuda() {
-  check reference &
-  check eager &
+checks() {
+  local backend
+  for backend in reference eager standard two-pass one-pass tiled-v1 tiled-v2 split-kv ring; do
+    check "$backend" &
+  done
+  wait
+  tail -qn 1 "$results"/check-*.txt
+}
+
+cuda() {
   calibrate cuda sdpa-flash 2 "" "$problems" &
   calibrate cuda sdpa-efficient 2 "" "$problems" &
   calibrate cuda sdpa-cudnn 4 "" "$problems" &
@@ -40,7 +47,7 @@ on_cuda() {
   wait
 }
 
-on_cpu() {
+cpu() {
   local instruction_set kernel
   for instruction_set in avx512 avx2 default; do
     for kernel in sdpa-flash sdpa-math eager; do
@@ -51,13 +58,13 @@ on_cpu() {
 }
 
 attnproof doctor --json >"$results/doctor.json"
-for device in $devices; do
-  "on_$device"
+for part in $parts; do
+  "$part"
 done
 
-for device in $devices; do
+for device in cuda cpu; do
+  [[ " $parts " == *" $device "* ]] || continue
   python3 -m attnproof.calibration --summary "$results/$device"-*.jsonl \
     --write "$results/calibration-$device.json" >"$results/summary-$device.txt"
   sed '/^$/q' "$results/summary-$device.txt"
 done
-tail -qn 1 "$results"/check-*.txt 2>/dev/null

@@ -25,13 +25,12 @@ def printed(command: str) -> str:
         shell=True,
         cwd=ROOT,
         env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,  # standard error is progress, which depends on the machine
         text=True,
     )
     text = "\n".join(line.rstrip() for line in run.stdout.strip("\n").splitlines())
-    if run.returncode == NOT_FOUND or "Traceback (most recent call last)" in text:
-        sys.exit(f"{command}\n{text}")
+    if run.returncode == NOT_FOUND or "Traceback (most recent call last)" in text + run.stderr:
+        sys.exit(f"{command}\n{text}\n{run.stderr}")
     return text if text.startswith("|") else f"```text\n{text}\n```"
 
 

@@ -9,6 +9,7 @@ import gc
 import json
 import math
 import os
+import resource
 import signal
 import socket
 import stat
@@ -71,6 +72,18 @@ def raises_unprintable(q, k, v):
             raise RuntimeError
 
     raise Unprintable
+
+
+def raises_with_code_in_its_text(q, k, v):
+    class Trap(BaseException):
+        def __str__(self):
+            raise SystemExit
+
+    raise Trap
+
+
+def raises_megabytes(q, k, v):
+    raise ValueError("x" * 10_000_000)
 
 
 def hangs(q, k, v):
@@ -147,8 +160,89 @@ def writes_late(q, k, v):
 
 
 def dies_later(q, k, v):
-    signal.setitimer(signal.ITIMER_REAL, 1.0)  # ends in a deadly signal
+    subprocess.Popen(["sh", "-c", f"sleep 1; kill -ALRM {os.getpid()}"])
     return attention(q, k, v)
+
+
+def sets_a_timer(q, k, v):
+    signal.setitimer(signal.ITIMER_REAL, 1000.0)
+    return attention(q, k, v)
+
+
+def sets_a_trace_function(q, k, v):
+    sys.settrace(lambda *_: None)
+    return attention(q, k, v)
+
+
+def sets_a_profile_function(q, k, v):
+    sys.setprofile(lambda *_: None)
+    return attention(q, k, v)
+
+
+def lowers_a_limit(q, k, v):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
+    return attention(q, k, v)
+
+
+def replaces_an_operator(q, k, v):
+    replaces_an_operator.library = torch.library.Library("aten", "IMPL")
+    replaces_an_operator.library.impl("softmax.int", lambda x, *_: x, "CPU")
+    return attention(q, k, v)
+
+
+def leaves_a_long_name(q, k, v):
+    name = "n" * 5_000_000
+    threading.Thread(target=time.sleep, args=(1000,), name=name, daemon=True).start()
+    return attention(q, k, v)
+
+
+def forks(q, k, v):
+    """Both processes go on and answer, the copy a little later."""
+    if not os.fork():
+        time.sleep(0.05)
+    return attention(q, k, v)
+
+
+def forks_and_the_copy_raises(q, k, v):
+    if not os.fork():
+        sys.exit(3)
+    return attention(q, k, v)
+
+
+def forks_for_good(q, k, v):
+    if not os.fork():
+        time.sleep(1000)
+    return attention(q, k, v)
+
+
+def starts_a_program(q, k, v):
+    subprocess.Popen(["sleep", "1000"])
+    return attention(q, k, v)
+
+
+def closes_every_file(q, k, v):
+    out = attention(q, k, v)
+    os.closerange(0, 1 << 12)
+    return out
+
+
+def closes_what_it_prints_to(q, k, v):
+    for descriptor in (1, 2):
+        os.close(descriptor)
+    return attention(q, k, v)
+
+
+def stops_itself(q, k, v):
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def stops_its_parent(q, k, v):
+    os.kill(os.getppid(), signal.SIGSTOP)
+    return attention(q, k, v)
+
+
+def interrupts(q, k, v):
+    raise KeyboardInterrupt
 
 
 def changes_q(q, k, v):
@@ -441,6 +535,38 @@ def never_writes_the_last_row(q, k, v):
 
 def returns_a_list_of_lists(q, k, v):
     return attention(q, k, v).tolist()
+
+
+def nested(q, k, v):
+    return torch.nested.nested_tensor(list(attention(q, k, v)))
+
+
+def without_storage(q, k, v):
+    out = attention(q, k, v)
+    out.untyped_storage().resize_(0)
+    return out
+
+
+def half_of_its_storage(q, k, v):
+    out = attention(q, k, v)
+    out.untyped_storage().resize_(out.nbytes // 2)
+    return out
+
+
+def of_a_strange_dtype(q, k, v):
+    return torch.zeros(q.shape, dtype=torch.uint16)
+
+
+def parameter(q, k, v):
+    return torch.nn.Parameter(attention(q, k, v))
+
+
+def strided(q, k, v):
+    return attention(q, k, v).transpose(1, 3).contiguous().transpose(1, 3)
+
+
+def negated_lazily(q, k, v):
+    return torch._neg_view(-attention(q, k, v))
 
 
 def returns_an_expanded_scalar(q, k, v):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from attnproof.cli.main import app
+from attnproof.cli.main import app, main
 
 TARGETS = Path(__file__).parent / "planted" / "small.py"
 CASE = "heads/groups/b1_h4x2_q5_k9_d16_fp32"
@@ -49,8 +49,18 @@ MISTAKES = [
     (["check", "sdpa", "--precision", "x"], "--precision x: unknown; accepted are flash"),
     (["check", "sdpa", "--timeout", "-1"], "--timeout -1: accepted is a time above 0 seconds"),
     (["check", "sdpa", "--resume"], "--resume: needs --json"),
+    (["check", "sdpa", "--json", "/"], "--json '/': is a folder; accepted is a file"),
+    (["check", "sdpa", "--json", ""], "--json '.': is a folder; accepted is a file"),
+    (["check", "sdpa", "--json", "/nonexistent/x"], "'/nonexistent/x': there is no folder"),
+    (["check", "sdpa", "--report", __file__], "test_cli.py: is a file; accepted is a folder"),
     (["replay", "nope/x/b1", "--target", "sdpa"], "chapter 'nope': unknown; known are "),
+    (["replay", "mask/x/b1", "--target", "sdpa"], "'mask': unknown, did you mean masks?"),
     (["replay", "masks/nope/b1", "--target", "sdpa"], "chapter masks has no check 'nope'"),
+    (["replay", "masks/windw/b1", "--target", "sdpa"], "'windw', did you mean window?"),
+    (
+        ["replay", "masks/window/b1_h1x1_q130_k150_d64_fp32_windo=1,0", "--target", "sdpa"],
+        "not understood, did you mean b1_h1x1_q130_k150_d64_fp32_window=1,0?",
+    ),
     (["replay", "masks/window/zz", "--target", "sdpa"], "part 'zz' is not understood"),
     (["list", "--device", "tpu"], "--device tpu: unknown"),
     (["explain", "/nonexistent.safetensors"], "does not exist"),
@@ -68,9 +78,30 @@ def test_a_mistake_gives_one_line_and_status_2(arguments: list[str], words: str)
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["check"], ["check", "sdpa", "--bogus"], ["frobnicate"]])
-def test_what_is_no_command_line_gives_status_2(arguments: list[str]) -> None:
-    assert CliRunner().invoke(app, arguments).exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["check"], "Missing argument 'TARGET'"),
+        (["check", "sdpa", "--bogus"], "--bogus"),
+        (["check", "sdpa", "--timeout", "abc"], "Invalid value for '--timeout'"),
+        (["frobnicate"], "'frobnicate'"),
+    ],
+)
+def test_what_is_no_command_line_gives_one_line_and_status_2(
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["attnproof", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("attnproof: ")
+    assert words in said.err
+    assert said.err.count("\n") == 1
 
 
 def test_help_says_what_the_exit_status_means() -> None:
@@ -83,8 +114,11 @@ def test_help_says_what_the_exit_status_means() -> None:
     ("target", "words"),
     [
         ("nosuch", "unknown backend; registered are "),
+        ("egaer", "unknown backend; did you mean eager? registered are "),
+        ("", "'': is not a target"),
+        (str(TARGETS.parent), "is a folder; a target is "),
         ("math:sin", "match no signature"),
-        (f"{TARGETS}:nosuch", "has no attribute 'nosuch'"),
+        (f"{TARGETS}:nosuch", f"file '{TARGETS}' has no attribute 'nosuch'"),
     ],
 )
 def test_a_target_that_cannot_be_loaded_gives_one_line_and_status_2(
@@ -168,12 +202,22 @@ def test_replay_runs_one_case(function: str, status: int, tmp_path: Path) -> Non
     assert result.exit_code == status, result.output
     if status != 1:
         assert result.stdout.splitlines()[0] == CASE
+        assert ("largest error over its budget: out 0." in result.stdout) == (status == 0)
         return
     assert "smaller problems tried; the smallest that fails:\n" in result.stdout
     assert "heads/groups/b1_h4x2_q1_k1_d8_fp32" in result.stdout
     explained = CliRunner().invoke(app, ["explain", str(saved)])
     assert explained.exit_code == 1
     assert "b1_h4x2_q1_k1_d8_fp32" in explained.stdout
+
+
+def test_nothing_to_save_does_not_change_the_verdict(tmp_path: Path) -> None:
+    target, saved = f"{TARGETS}:right", tmp_path / "call.safetensors"
+    options = ["--target", target, "--device", "cpu", "--in-process", "--save", str(saved)]
+    result = CliRunner().invoke(app, ["replay", CASE, *options])
+    assert result.exit_code == 0
+    assert "no call deviates by value, nothing written" in result.stderr
+    assert not saved.exists()
 
 
 def test_golden_says_what_differs(tmp_path: Path) -> None:

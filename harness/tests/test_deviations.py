@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from attnproof import deviations
+from attnproof.cases import all_cases
 from attnproof.deviations import Deviations, DeviationsError, load_deviations, read_deviations
 from attnproof.verdict import Status
 
@@ -142,6 +145,35 @@ def test_the_files_that_ship_can_be_read() -> None:
     for path in Path(deviations.__file__).parent.glob("*.toml"):
         targets, _ = read_deviations(path)
         assert targets
+
+
+def test_the_proof_of_torchs_causal_nan() -> None:
+    """The reproduction that torch.toml gives: where it fails, the entry is out of date."""
+    x = torch.ones(1, 1, 2, 8)
+    flash, math = (
+        [
+            sdpa_kernel(one)(scaled_dot_product_attention)(x, x, x, is_causal=True, scale=s)
+            for s in (0.0, -1.0)
+        ]
+        for one in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
+    )
+    for wrong, right in zip(flash, math, strict=True):
+        assert torch.equal(right, x)
+        assert wrong[0, 0, 0].isnan().all()
+        assert torch.equal(wrong[0, 0, 1], x[0, 0, 1])
+
+
+def test_torchs_causal_nan_is_known_where_it_is_met() -> None:
+    shown = [
+        case.id
+        for case in all_cases("quick")
+        if case.check == "scale_not_positive" and case.problem.causal == "top-left"
+    ]
+    assert len(shown) == 2
+    for target in ("sdpa", "sdpa-flash", "torch.nn.functional:scaled_dot_product_attention"):
+        known = load_deviations(target)
+        assert all(known.observe(case_id, Status.DEVIATES) for case_id in shown)
+    assert not any(load_deviations("sdpa-math").match(case_id) for case_id in shown)
 
 
 @pytest.mark.parametrize(

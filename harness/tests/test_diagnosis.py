@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +17,13 @@ from attn_reference.forward import attention
 from attn_reference.inputs import Attention, Gradients, Inputs
 from attn_reference.precision import FLASH
 from attn_reference.problem import Problem
+from attnproof.backend import Capabilities
+from attnproof.diagnosis import explainer
 from attnproof.diagnosis.case import MISTAKES
 from attnproof.diagnosis.examine import diagnose
 from attnproof.inputs.make import make_inputs
 from attnproof.plan import CallResult
+from attnproof.verdict import Status, Verdict
 
 PLANTED = Path(__file__).parent / "planted"
 DOCS = Path(__file__).parents[2] / "docs"
@@ -195,6 +198,38 @@ def test_results_changed_afterwards_are_named(
     tensor: str, edit: Callable[[torch.Tensor], torch.Tensor], sentence: str
 ) -> None:
     assert diagnosed(BACKWARD, edited(BACKWARD, **{tensor: edit}))[0].startswith(sentence)
+
+
+@pytest.mark.parametrize("wrong", ["out", "dv"])
+def test_dropout_that_is_not_made_up_for_is_named(wrong: str) -> None:
+    """Whatever else is right: the LSE knows nothing of dropout."""
+    problem = BACKWARD.replace(dropout=0.5)
+    inputs = make_inputs(problem)
+    generator = torch.Generator().manual_seed(0)
+    inputs.keep_mask = torch.rand(1, 2, 40, 70, generator=generator) >= 0.5
+    told = attention(inputs, problem)
+    found = gradients(inputs, problem)
+    (found.v if wrong == "dv" else told.out).mul_(0.5)
+    told.out, told.lse = told.out.float(), told.lse.float()
+    for name in ("q", "k", "v"):
+        setattr(found, name, getattr(found, name).float())
+    said = diagnosed(problem, CallResult(attention=told, gradients=found), inputs)
+    assert any("whose dropout does not divide by 1 - p" in one for one in said)
+
+
+def test_a_diagnosis_that_fails_leaves_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("lse")
+
+    monkeypatch.setattr(explainer, "examine", broken)
+    subject = SimpleNamespace(
+        precision=FLASH, description=SimpleNamespace(capabilities=Capabilities()), last_plan=None
+    )
+    verdict = Verdict(status=Status.DEVIATES, reason="out is wrong")
+    inputs = make_inputs(PLAIN)
+    explainer.Explainer(subject)(PLAIN, inputs, answered(PLAIN, inputs), verdict)
+    assert verdict.status is Status.DEVIATES
+    assert verdict.reason == "out is wrong; the diagnosis failed: KeyError: 'lse'"
 
 
 def test_swapped_gradients_are_named() -> None:

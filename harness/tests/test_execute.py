@@ -60,11 +60,15 @@ def dense(inputs: Inputs, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]
     return torch.softmax(scores, -1) @ inputs.v, torch.logsumexp(scores, -1)
 
 
-def run(backend, problem: Problem, calls: int = 1, **options) -> list[CallResult]:
+def run(
+    backend, problem: Problem, calls: int = 1, interruptible: bool = False, **options
+) -> list[CallResult]:
     made = [Call(problem=problem, inputs=make_inputs(problem)) for _ in range(calls)]
     plan = Plan(calls=made, **options)
     arena = Arena(plan)
-    executor = Executor(backend=backend, device="cpu", watch=Watch.begin())
+    executor = Executor(
+        backend=backend, device="cpu", watch=Watch.begin(), interruptible=interruptible
+    )
 
     def read(inputs):
         for call, given in zip(plan.calls, inputs, strict=True):
@@ -255,7 +259,15 @@ def test_an_interrupt_of_the_user_is_not_the_targets():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(Plain(attention), PROBLEM)
+        run(Plain(attention), PROBLEM, interruptible=True)
+
+
+def test_an_interrupt_in_a_process_of_its_own_is_the_targets():
+    def attention(inputs, problem):
+        raise KeyboardInterrupt
+
+    (result,) = run(Plain(attention), PROBLEM)
+    assert result.raised == "KeyboardInterrupt: "
 
 
 @pytest.fixture(params=[IsolatedRunner, InProcessRunner])

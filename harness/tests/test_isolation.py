@@ -17,6 +17,7 @@ from attn_reference.problem import Problem
 from attnproof.inputs.make import make_inputs
 from attnproof.plan import Call, Outcome, Plan, Reply, Surroundings
 from attnproof.targets import LoadError, TargetSpec
+from attnproof.worker import nursery
 from attnproof.worker.runners import IsolatedRunner
 
 MISBEHAVING = Path(__file__).with_name("misbehaving.py")
@@ -93,6 +94,7 @@ def assert_next_conforms(runner: WaywardRunner) -> None:
         ("segfault", "killed by SIGSEGV"),
         ("exits", "exited with status 0 before it answered\nleaving early"),
         ("kills_itself", "killed by SIGKILL, as the system does when memory runs out"),
+        ("closes_every_file", "exited with status 1 before it answered"),
     ],
 )
 def test_a_process_that_ends_costs_its_plan(target, name, reason):
@@ -112,7 +114,7 @@ def test_a_segfault_says_where(target):
     assert "attnproof/calling.py" not in reply.reason
 
 
-@pytest.mark.parametrize("name", ["hangs", "sleeps", "hangs_deaf"])
+@pytest.mark.parametrize("name", ["hangs", "sleeps", "hangs_deaf", "stops_itself"])
 def test_a_hang_ends_at_the_deadline(target, name):
     runner = target(name)
     runner.describe()
@@ -169,6 +171,8 @@ def test_running_out_of_memory_is_an_outcome_of_its_own(target, name):
         ("raises_value_error", "ValueError: head_dim 16 is not for me"),
         ("raises_system_exit", "SystemExit: 0"),
         ("raises_unprintable", "Unprintable: (its text cannot be had)"),
+        ("raises_with_code_in_its_text", "Trap: (its text cannot be had)"),
+        ("interrupts", "KeyboardInterrupt: "),
     ],
 )
 def test_an_exception_is_an_answer(target, name, raised):
@@ -178,6 +182,15 @@ def test_an_exception_is_an_answer(target, name, raised):
     assert result.raised == raised
     assert f"in {name}" in result.traceback
     assert result.attention is None
+
+
+def test_the_text_of_an_exception_is_cut(target):
+    runner = target("raises_megabytes")
+    (result,) = runner.run(plan_of(), TIMEOUT).results
+
+    assert result.raised.startswith("ValueError: xxx")
+    assert len(result.raised) <= 4000
+    assert_next_conforms(runner)
 
 
 def test_not_implemented_declines():
@@ -215,6 +228,13 @@ def test_printing_megabytes_blocks_nothing(target):
         ("changes_threads", "changed the number of threads from"),
         ("reseeds", "changed torch's random state"),
         ("flushes_subnormals", "changed the flushing of subnormal numbers"),
+        ("sets_a_timer", "changed the timers that send signals from"),
+        ("sets_a_trace_function", "changed the trace function"),
+        ("sets_a_profile_function", "changed the profile function"),
+        ("lowers_a_limit", "changed the limit RLIMIT_FSIZE from"),
+        ("replaces_an_operator", "replaced the operator aten/softmax.int/CPU"),
+        ("leaves_a_long_name", "left a thread running: nnn"),
+        ("forks_for_good", "left a copy of its process running: process"),
     ],
 )
 def test_what_a_target_does_to_its_process_is_a_complaint(target, name, complaint):
@@ -222,6 +242,42 @@ def test_what_a_target_does_to_its_process_is_a_complaint(target, name, complain
     (result,) = runner.run(plan_of(), TIMEOUT).results
 
     assert [c for c in result.complaints if c.startswith(complaint)] == result.complaints != []
+    assert_next_conforms(runner)
+
+
+@pytest.mark.parametrize("name", ["forks", "forks_and_the_copy_raises"])
+def test_a_copy_of_its_process_does_not_answer(target, name):
+    runner = target(name)
+    plan = plan_of()
+    assert_conforms(runner.run(plan, TIMEOUT), plan)
+    child = runner._child
+    time.sleep(0.2)
+
+    assert child.channel.quiet()
+    assert_next_conforms(runner)
+    assert runner._child is child
+
+
+@pytest.mark.parametrize("name", ["starts_a_program", "closes_what_it_prints_to"])
+def test_what_harms_nobody_is_no_complaint(target, name):
+    runner = target(name)
+    plan = plan_of()
+    assert_conforms(runner.run(plan, TIMEOUT), plan)
+    assert_next_conforms(runner)
+
+
+def test_a_target_that_stops_the_process_it_was_started_from(target, monkeypatch):
+    monkeypatch.setattr(nursery, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(nursery, "CLOSE_SECONDS", 0.5)
+    if nursery._current is not None:
+        nursery.forget_nursery(nursery._current)  # one that was started with other limits
+    runner = target("stops_its_parent")
+    plan = plan_of()
+    assert_conforms(runner.run(plan, TIMEOUT), plan)
+    start = time.monotonic()
+    runner.close()
+
+    assert time.monotonic() - start < 20
     assert_next_conforms(runner)
 
 
@@ -320,6 +376,11 @@ def test_one_buffer_for_every_result_is_a_complaint():
         ("out_is_a_view_of_v", "out shares memory with v"),
         ("lazy", "out is a misbehaving.Lazy, not a torch.Tensor"),
         ("meta", "out is a tensor on meta, not on cpu"),
+        ("nested", "out is a nested tensor, not a dense one"),
+        ("without_storage", "out is a tensor that reaches beyond the end of its storage"),
+        ("half_of_its_storage", "out is a tensor that reaches beyond the end of its storage"),
+        ("of_a_strange_dtype", "out is a tensor of dtype torch.uint16"),
+        ("parameter", "out is a torch.nn.parameter.Parameter, not a torch.Tensor"),
         ("returns_an_expanded_scalar", "out has shape (1125899906842624,), absurdly large"),
     ],
 )
@@ -329,6 +390,14 @@ def test_what_is_no_tensor_of_its_own_is_a_complaint(target, name, complaint):
 
     assert reply.outcome is Outcome.ANSWERED
     assert reply.results[0].complaints == [complaint]
+
+
+@pytest.mark.parametrize("name", ["strided", "negated_lazily"])
+def test_a_result_may_be_laid_out_in_any_way(target, name):
+    runner = target(name)
+    plan = plan_of()
+    assert_conforms(runner.run(plan, TIMEOUT), plan)
+    assert_next_conforms(runner)
 
 
 def test_a_lazy_tensor_is_not_looked_at(target):
@@ -508,6 +577,26 @@ def test_a_target_that_cannot_be_loaded_says_why_in_one_line(tmp_path):
             runner.describe()
         assert "\n" not in str(error.value)
         runner.close()
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("raise RuntimeError('x' * 6_000_000)", "xxx"),
+        (
+            "def attention(q, k, v): ...\n"
+            "attention.attnproof_precision = {'name': 'x' * 6_000_000}",
+            "cannot be loaded, its process sent a header of over",
+        ),
+    ],
+)
+def test_a_target_that_says_too_much_when_it_is_loaded(tmp_path, source, said):
+    (tmp_path / "long.py").write_text(source)
+    runner = IsolatedRunner(TargetSpec(f"{tmp_path}/long.py:attention"), "cpu")
+    with pytest.raises(LoadError, match=said) as caught:
+        runner.describe()
+    assert len(str(caught.value)) < 10_000
+    runner.close()
 
 
 def test_a_target_that_can_no_longer_be_loaded_is_a_crash(tmp_path):

@@ -90,7 +90,7 @@ CAUGHT = {
 }
 # Bugs that shipped in public kernels, and cheats: the same, kept for longer runs.
 CAUGHT_TOO = {
-    "exp2_without_log2e": Caught(chapter="heads", rows="gqa", looks_like="ln 2"),
+    "exp2_without_log2e": Caught(chapter="heads", rows="gqa", looks_like="2 in the exponent"),
     "last_key_dropped": Caught(chapter="heads", rows="gqa", looks_like="without the last key"),
     "padded_keys_counted_unless_causal": Caught(
         chapter="heads", rows="gqa", looks_like="row sum also counts zero keys"
@@ -102,7 +102,7 @@ CAUGHT_TOO = {
         chapter="masks",
         rows="window",
         spares="boolean mask,bias,softcap,alibi",
-        looks_like="one key more on the right",
+        looks_like="one key long on the right",
     ),
     "top_left_in_backward": Caught(
         chapter="gradients", dtype="fp16", rows="gradients", looks_like="causal alignment"

@@ -1,9 +1,12 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
 
+from attnproof.options import Options
 from attnproof.record import CaseRecord, Journal, JournalError
+from attnproof.report.results import write_results
 from attnproof.verdict import Finding, Status, Verdict
 
 RUN = {"target": "x", "device": "cpu", "seed": 0}
@@ -35,6 +38,42 @@ def test_records_survive_json():
     one = record(known="a reason")
     assert through_json(one).as_dict() == json.loads(json.dumps(one.as_dict()))
     assert one.status == "conforms"
+
+
+def strict(text: str):
+    """JSON as others read it: neither Infinity nor NaN is a number there."""
+
+    def refuse(word: str):
+        raise AssertionError(f"{word} in JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_infinite_errors_are_valid_json_and_survive_it(tmp_path):
+    verdict = Verdict(status=Status.DEVIATES, worst={"out": math.inf, "dq": 0.5})
+    verdict.statistics["z_row"] = math.nan
+    verdict.findings.append(
+        Finding(tensor="out", rule="bound", message="inf", worst=math.inf, index=(0, 1))
+    )
+    infinite = record(verdict=verdict.as_dict())
+    written = journal(tmp_path, {**RUN, "timeout": math.inf})
+    written.start()
+    written.append(infinite)
+    _, line = map(strict, written.path.read_text().splitlines())
+    assert line["verdict"]["worst"] == {"out": "inf", "dq": 0.5}
+    (read,) = journal(tmp_path, {**RUN, "timeout": math.inf}).resume()
+    assert read.verdict["worst"] == {"out": math.inf, "dq": 0.5}
+    assert math.isnan(read.verdict["statistics"]["z_row"])
+    (finding,) = read.verdict["findings"]
+    assert (finding["worst"], finding["message"]) == (math.inf, "inf")
+
+
+def test_the_results_of_infinite_errors_are_valid_json(tmp_path):
+    verdict = Verdict(status=Status.DEVIATES, worst={"out": math.inf})
+    options = Options(target="x", json=tmp_path / "run.json", timeout=math.inf)
+    assert write_results(options, [record(verdict=verdict.as_dict())], []) == []
+    (case,) = strict((tmp_path / "run.json").read_text())["cases"]
+    assert (case["worst"], case["worst_by_tensor"]) == ("inf", {"out": "inf"})
 
 
 def test_what_is_appended_is_on_disk_and_resumed(tmp_path):

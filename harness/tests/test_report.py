@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -70,6 +72,27 @@ def test_a_failing_case_in_full() -> None:
     assert max(map(len, lines[:-1])) <= 100
 
 
+def test_sentences_are_broken_at_the_width_of_the_terminal() -> None:
+    lines = verdict_text(CASE, failing(), OPTIONS, 40).splitlines()
+    kept = (
+        CASE,
+        "replay: ",
+        "  ·",
+        "error over budget",
+        "over budget",
+    )  # ids, commands and the heat map
+    assert all(len(line) <= 40 for line in lines if not line.startswith(kept))
+    assert verdict_text(CASE, failing(), OPTIONS).splitlines() != lines
+
+
+def test_what_conforms_says_how_well() -> None:
+    verdict = Verdict(status=Status.CONFORMS, worst={"out": 0.25, "lse": 0.5})
+    assert verdict_text(CASE, verdict, OPTIONS).splitlines()[1:3] == [
+        "conforms",
+        "  largest error over its budget: out 0.25, lse 0.5",
+    ]
+
+
 def test_a_crash_in_full_shows_its_traceback() -> None:
     crashed = Verdict(status=Status.CRASHED, reason="raised ValueError: no\nTraceback:\n  line 3")
     lines = verdict_text(CASE, crashed, Options(target="t")).splitlines()
@@ -107,7 +130,8 @@ def test_the_page_is_self_contained_and_says_everything(tmp_path: Path) -> None:
         recorded(Verdict(status=Status.DEVIATES), known="a known <bug>"),
     ]
     summary = summarise(records, ["entry 2 matches no case"])
-    path = write_report(tmp_path / "made", OPTIONS, summary, records, environment())
+    smallest = {CASE: "masks/window/b1_h1x1_q1_k2_d8_fp32_window=0,0"}
+    path = write_report(tmp_path / "made", OPTIONS, summary, records, environment(), smallest)
     assert path == tmp_path / "made" / "index.html"
     page = path.read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["']?(https?:|//|[a-z./]+\.(css|js|png|svg))""", page)
@@ -116,15 +140,29 @@ def test_the_page_is_self_contained_and_says_everything(tmp_path: Path) -> None:
     assert "entry 2 matches no case" in page
     assert "deviates: window (1 of 3)" in page
     assert page.count("<svg") == 2
+    assert "#010203" not in page  # stands for the colour of the text, which follows the theme
+    assert replay_command(smallest[CASE], OPTIONS) in html.unescape(page)
+    assert "z_row 12 (limit 1.7)" in page
     assert f"background:{SHADES[4].colour}" in page
     assert CASE in page
     assert "torch" in page
 
 
+def test_the_page_shows_a_case_of_each_failing_feature_first(tmp_path: Path) -> None:
+    def fails(feature: str, name: str) -> CaseRecord:
+        return replace(recorded(failing()), feature=feature, id=f"masks/{name}")
+
+    right = replace(recorded(Verdict(status=Status.CONFORMS)), feature="sinks", id="masks/right")
+    records = [fails("sinks", "one"), right, fails("window", "two"), fails("window", "three")]
+    path = write_report(tmp_path, OPTIONS, summarise(records), records, environment())
+    shown = re.findall(r"<summary><code>masks/(\w+)", path.read_text(encoding="utf-8"))
+    assert shown == ["two", "one", "three"]
+
+
 def test_every_shade_of_a_heat_map_becomes_a_cell() -> None:
     error = torch.zeros(2, 2, 3, 4)
     error[1, 1, 2] = 100.0
-    html = coloured(heat_map(Problem(), error))
-    assert html.count("<span") == 2 * 2 * 3 * 3  # batch, heads, rows, glyphs of a cell
-    assert html.count(f"background:{SHADES[4].colour}") == 3
-    assert "not finite" not in html
+    cells = coloured(heat_map(Problem(), error))
+    assert cells.count("<span") == 2 * 2 * 3 * 3  # batch, heads, rows, glyphs of a cell
+    assert cells.count(f"background:{SHADES[4].colour}") == 3
+    assert "not finite" not in cells

@@ -281,6 +281,16 @@ def declaring(name: str, value: Any) -> Callable[..., Any]:
     return attention
 
 
+def test_a_module_of_torch_has_the_parameters_of_its_forward() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0) -> Tensor:
+            return torch.zeros_like(q)
+
+    module = Attention()
+    assert detect(module) == "attnproof"
+    assert adapt(module, "target", None).capabilities.features == {"gqa", "head_dim_v", "softcap"}
+
+
 def test_capabilities_can_be_replaced_field_by_field() -> None:
     declared = {"dtypes": ["bf16"], "gradients": [], "empty_row_lse": "inf", "head_dim_max": 64}
     found = adapt(declaring("attnproof_capabilities", declared), "target", None).capabilities
@@ -302,6 +312,15 @@ def test_capabilities_can_be_declared_whole() -> None:
         ({"dtype": ["bf16"]}, "unknown field 'dtype'; known are dtypes, devices, features,"),
         ({"features": ["windows"]}, "unknown feature 'windows'; known are alibi, bias,"),
         ({"excludes": ["window"]}, "attnproof_capabilities: too many values to unpack"),
+        (
+            {"dtypes": "bf16"},
+            "attnproof_capabilities: dtypes is 'bf16'; accepted is a list of fp64",
+        ),
+        ({"dtypes": ["bfloat16"]}, "attnproof_capabilities: dtypes is ['bfloat16']; accepted is"),
+        ({"gradients": ["dq"]}, "gradients is ['dq']; accepted is a list of q, k, v, bias, sinks"),
+        ({"features": "window"}, "features is 'window'; accepted is a list of names"),
+        ({"head_dim_max": "64"}, "head_dim_max is '64'; accepted is a whole number above 0"),
+        ({"lse_base": 2}, "lse_base is 2; accepted is 'e' or '2'"),
         (["bf16"], "attnproof_capabilities is a list; accepted are a dict"),
     ],
 )

@@ -127,7 +127,8 @@ def test_a_backend_object_is_a_target(tmp_path: Path) -> None:
 
 def test_an_unknown_backend_lists_the_known_ones() -> None:
     message = load_error("sdap")
-    assert message.startswith("sdap: unknown backend; registered are eager, reference, sdpa,")
+    assert message.startswith("sdap: unknown backend; did you mean sdpa? registered are eager, ")
+    assert "sdpa, sdpa-flash, sdpa-math" in message
     assert "module:function" in message
 
 
@@ -182,7 +183,7 @@ def test_a_file_that_cannot_be_imported(tmp_path: Path, source: str, said: str) 
 
 def test_an_attribute_that_is_not_there(works: Path) -> None:
     message = load_error(f"{works}:atention")
-    assert f"module '{works}' has no attribute 'atention'; did you mean attention" in message
+    assert f"file '{works}' has no attribute 'atention'; did you mean attention" in message
     assert "'Holder' has no attribute 'x'" in load_error(f"{works}:Holder.x")
 
 

@@ -11,6 +11,7 @@ The id of a case is ``<chapter>/<check>/<problem id>``. Level full contains leve
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
@@ -113,7 +114,10 @@ def checks(chapter: str) -> dict[str, Callable[..., Any]]:
     ValueError listing the known chapters for an unknown one.
     """
     if chapter not in chapters():
-        raise ValueError(f"chapter {chapter!r}: unknown; known are {', '.join(chapters())}")
+        raise ValueError(
+            f"chapter {chapter!r}: unknown{_meant(chapter, chapters())}; "
+            f"known are {', '.join(chapters())}"
+        )
     module = importlib.import_module(f"{PACKAGE}.{_PREFIX}{chapter}")
     return {
         name.removeprefix(_PREFIX): function
@@ -143,11 +147,24 @@ def find_case(case_id: str) -> Case:
     known = checks(chapter)
     if check not in known:
         raise ValueError(
-            f"case {case_id!r}: chapter {chapter} has no check {check!r}; it has {', '.join(known)}"
+            f"case {case_id!r}: chapter {chapter} has no check {check!r}"
+            f"{_meant(check, known)}; it has {', '.join(known)}"
         )
     declared = declaration(known[check])
     assert declared is not None
-    return case_of(chapter, check, declared, Problem.from_id(problem_id))
+    try:
+        problem = Problem.from_id(problem_id)
+    except ValueError as error:
+        every = {case.problem.id for case in cases_of(chapter, check, declared, "full")}
+        hint = _meant(problem_id, sorted(every), 0.9)
+        raise ValueError(f"case {case_id!r}: {error}{hint}") from None
+    return case_of(chapter, check, declared, problem)
+
+
+def _meant(given: str, known: Iterable[str], like: float = 0.6) -> str:
+    """The known name that a misspelt one is most like, as the end of a sentence."""
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=like)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 # Distributions under which one key has all the weight, or values are next to nothing: dQ and dK

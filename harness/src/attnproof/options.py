@@ -57,8 +57,8 @@ class Options:
 
     @property
     def journal(self) -> Path | None:
-        """Where records go as they come: beside the JSON file."""
-        return None if self.json is None else self.json.with_suffix(".jsonl")
+        """Where records go as they come: beside the JSON file, with an l at the end."""
+        return None if self.json is None else self.json.with_name(f"{self.json.name}l")
 
     def run(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed."""
@@ -104,7 +104,7 @@ def add_options(add: Any) -> None:
     text(
         "json",
         "FILE",
-        "write the results there, and to the same name .jsonl as they come",
+        "write the results there, and as they come to FILE + l",
     )
     add("--attn-resume", action="store_true", help="go on with the run that --attn-json holds")
     add(
@@ -188,11 +188,24 @@ def _check(options: Options) -> None:
         raise OptionError(f"--attn-timeout {options.timeout:g}: accepted is a time above 0 seconds")
     if options.resume and options.json is None:
         raise OptionError("--attn-resume: needs --attn-json, which names the run to go on with")
+    if options.json is not None and (why := _unwritable(options.json)):
+        raise OptionError(f"--attn-json {str(options.json)!r}: {why}")
     if options.case is not None:
         try:
             cases.find_case(options.case)
         except ValueError as error:
             raise OptionError(f"--attn-case: {error}") from None
+
+
+def _unwritable(path: Path) -> str | None:
+    """Why a file cannot be written there, as far as can be told before a run."""
+    if path.is_dir():
+        return "is a folder; accepted is a file"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        return "may not be written"
+    return None
 
 
 def resolved_device(device: str) -> str:

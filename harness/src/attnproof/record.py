@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,12 +32,35 @@ class CaseRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        values: dict[str, Any] = json_values(asdict(self))
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of ``as_dict``; TypeError naming a field that is missing or unknown."""
-        return cls(**values)
+        record = cls(**values)
+        return replace(record, verdict=_with_numbers(record.verdict))
+
+
+def json_values(value: Any) -> Any:
+    """Plain values with every infinity and NaN as text: JSON has none."""
+    if isinstance(value, Mapping):
+        return {name: json_values(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(item) for item in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_numbers(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """``Verdict.as_dict()`` as it was before ``json_values``."""
+    values = dict(verdict)
+    for name in ("worst", "statistics"):
+        values[name] = {n: float(value) for n, value in values.get(name, {}).items()}
+    findings = [dict(finding) for finding in values.get("findings", ())]
+    for finding in findings:
+        if isinstance(finding.get("worst"), str):
+            finding["worst"] = float(finding["worst"])
+    return values | {"findings": findings}
 
 
 class JournalError(Exception):
@@ -52,7 +76,7 @@ class Journal:
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
         self.path = path
-        self.run = dict(run)
+        self.run: dict[str, Any] = json_values(run)
         self.problem: str | None = None
 
     def start(self) -> None:
@@ -104,7 +128,7 @@ class Journal:
         return records
 
     def _write(self, mode: str, values: Mapping[str, Any]) -> None:
-        line = json.dumps(values, ensure_ascii=False) + "\n"
+        line = json.dumps(json_values(values), ensure_ascii=False, allow_nan=False) + "\n"
         written = 0
         try:
             with self.path.open(mode, encoding="utf-8") as file:

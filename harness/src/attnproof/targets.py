@@ -58,6 +58,8 @@ def load(spec: TargetSpec) -> Backend:
             )
         return _registered(text)
     place, colon, attribute = text.rpartition(":")
+    if not text:
+        raise LoadError(f"'': is not a target; a target is {FORMS}")
     if not colon:
         if spec.signature != "flash_attn":
             raise LoadError(_unknown(text))
@@ -106,13 +108,17 @@ def _registered(name: str) -> Backend:
 
 def _unknown(text: str) -> str:
     known = ", ".join(registered())
+    if Path(text).is_dir():
+        return f"{text}: is a folder; a target is {FORMS}"
     if Path(text).suffix == ".py":
         return (
             f"{text}: names no function; write {text}:FUNCTION, or add --signature flash_attn "
             "if the file offers flash_attn_func"
         )
+    near = difflib.get_close_matches(text, registered(), n=2)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
     return (
-        f"{text}: unknown backend; registered are {known or 'none'}; "
+        f"{text}: unknown backend; {hint}registered are {known or 'none'}; "
         "a function is named as module:function or file.py:function"
     )
 
@@ -164,7 +170,8 @@ def _executing(text: str, what: str, run: Any, module: str | None = None) -> Any
 def _attribute(text: str, module: ModuleType, path: str) -> Any:
     """The attribute, dotted or not."""
     found: Any = module
-    where = f"module {text.rpartition(':')[0]!r}"
+    place = text.rpartition(":")[0]
+    where = f"{'file' if place.endswith('.py') else 'module'} {place!r}"
     for part in path.split("."):
         try:
             found = getattr(found, part)

@@ -26,8 +26,13 @@ from attn_reference.problem import GRADIENT_NAMES
 ONE_HEAD = Problem(seqlen_q=9, seqlen_k=33, head_dim=16, dtype="bf16", gradients=("q", "k", "v"))
 
 
-def step_by_step(inputs: Inputs, problem: Problem) -> dict[str, torch.Tensor]:
-    """What a flash kernel computes for one head, written out: fp32 inside, P and dS in 16 bits."""
+def step_by_step(
+    inputs: Inputs, problem: Problem, *, stored_p: bool = False
+) -> dict[str, torch.Tensor]:
+    """What a flash kernel computes for one head, written out: fp32 inside, P and dS in 16 bits.
+
+    ``stored_p``: dS too is formed from the P in 16 bits.
+    """
     low = problem.torch_dtype
     q, k, v, grad_out = (t[0, 0].float() for t in (inputs.q, inputs.k, inputs.v, inputs.grad_out))
     scores = problem.softmax_scale * (q @ k.T)
@@ -38,7 +43,8 @@ def step_by_step(inputs: Inputs, problem: Problem) -> dict[str, torch.Tensor]:
     lse = largest + row_sum.log()
     p = torch.exp(scores - lse)
     delta = (grad_out * out.float()).sum(-1, keepdim=True)
-    ds = (p * (grad_out @ v.T - delta)).to(low).float()
+    of_ds = p.to(low).float() if stored_p else p
+    ds = (of_ds * (grad_out @ v.T - delta)).to(low).float()
     return {
         "out": out,
         "lse": lse[:, 0],
@@ -61,6 +67,30 @@ def test_flash_is_what_a_flash_kernel_computes(dtype, random_inputs, device):
         assert mine.dtype == other.dtype
         assert (mine == other).float().mean() > 0.9, name
         torch.testing.assert_close(mine, other, rtol=4 * UNIT_ROUNDOFF[dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_gradients_formed_from_a_stored_p(dtype, random_inputs, device):
+    """As declared: dQ and dK are those of the P in 16 bits, and dV is what it was."""
+    problem = ONE_HEAD.replace(dtype=dtype, seqlen_q=64, scale=1.0)
+    inputs = random_inputs(problem, device)
+    declared = dataclasses.replace(FLASH, gradient_probabilities="input")
+    found, plain = (gradients(inputs, problem, one).tensors() for one in (declared, FLASH))
+    expected = step_by_step(inputs, problem, stored_p=True)
+    assert torch.equal(found["v"], plain["v"])
+    for name in ("q", "k"):
+        mine, other = found[name][0, 0], expected[name]
+        assert (mine == other).float().mean() > 0.9, name
+        assert (plain[name][0, 0] == other).float().mean() < 0.9, name
+
+
+@pytest.mark.parametrize("precision", [EAGER, FLASH])
+def test_unfused_gradients_have_one_p(precision, random_inputs):
+    """Unfused, dS is formed from the P that was stored, whatever is declared for a fused kernel."""
+    inputs = random_inputs(ONE_HEAD)
+    declared = dataclasses.replace(precision, gradient_probabilities="bf16")
+    one, other = (gradients(inputs, ONE_HEAD, p).q for p in (precision, declared))
+    assert torch.equal(one, other) == (precision is EAGER)
 
 
 def eager_step_by_step(inputs: Inputs, problem: Problem) -> dict[str, torch.Tensor]:

@@ -101,6 +101,8 @@ def check(
         json=json,
         resume=resume,
     )
+    if report is not None and report.exists() and not report.is_dir():
+        stop(f"--report {report}: is a file; accepted is a folder")
     progress = progress_console()
     session = run_session(options, _workers(workers, options), Watcher(progress))
     if session.refused is not None:
@@ -130,7 +132,7 @@ def _tell(options: Options, session: Session, report: Path | None, progress: Con
     out.print(feature_table(summary))
     problems = list(session.problems)
     if report is not None:
-        problems += _write_report(report, options, summary, session.records)
+        problems += _write_report(report, options, summary, session.records, smallest)
     _print_notes(out, session, problems)
     if session.interrupted:
         return _interrupted(out, options)
@@ -154,7 +156,7 @@ def _print_failing(
     in_full = _first_of_each(failing, summary)[:IN_FULL]
     for record in in_full:
         out.rule(f"[bold]{record.feature}", align="left", characters="─")
-        text = verdict_text(record.id, record.verdict, options)
+        text = verdict_text(record.id, record.verdict, options, out.width)
         out.print(text, markup=False, soft_wrap=True)
         if record.id in smallest:
             out.print(smallest[record.id].text(options), markup=False, soft_wrap=True)
@@ -226,12 +228,14 @@ def _write_report(
     options: Options,
     summary: Summary,
     records: Sequence[CaseRecord],
+    smallest: Mapping[str, Smallest],
 ) -> list[str]:
     """Write the page; gives what went wrong."""
     from ..report.page import write_report
 
     try:
-        path = write_report(directory, options, summary, records, environment())
+        found = {name: one.case.id for name, one in smallest.items()}
+        path = write_report(directory, options, summary, records, environment(), found)
     except OSError as error:
         return [f"--report {directory}: cannot be written: {error.strerror}"]
     typer.echo(f"report: {path}")

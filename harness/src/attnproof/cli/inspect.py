@@ -17,6 +17,7 @@ from ..report.summary import Exit
 from .common import Device, broken_pipe_is_fine, console, stop
 
 if TYPE_CHECKING:
+    from ..backend import Capabilities
     from ..listing import Check, Listed
 
 Json = Annotated[bool, typer.Option("--json", help="Plain values for programs.")]
@@ -95,9 +96,19 @@ def _backend_table(listed: list[Listed]) -> Table:
             Text(backend.name, style="bold" if backend.problem is None else "dim"),
             Text(backend.problem or "yes"),
             " ".join(can.dtypes) if can else "",
-            ", ".join(sorted(can.features)) if can else "",
+            ", ".join(_abilities(can)) if can else "",
         )
     return table
+
+
+def _abilities(can: Capabilities) -> list[str]:
+    """The features, the LSE and the gradients that a backend supports."""
+    named = sorted(can.features - {"gradients"})
+    if can.returns_lse:
+        named.append("LSE")
+    if can.gradients:
+        named.append(f"gradients of {' '.join(can.gradients)}")
+    return named
 
 
 def _chapter_table(chapters: dict[str, list[Check]]) -> Table:

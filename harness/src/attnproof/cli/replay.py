@@ -17,6 +17,7 @@ from .common import (
     Seed,
     Signature,
     Timeout,
+    console,
     make_options,
     stop,
 )
@@ -96,7 +97,8 @@ def _replay(case: Case, subject: Subject, options: Options) -> Replayed:
     from ..replay import replay as run
 
     replayed = run(case, subject)
-    typer.echo(verdict_text(case.id, replayed.verdict, options))
+    text = verdict_text(case.id, replayed.verdict, options, console().width)
+    typer.echo(text)
     return replayed
 
 
@@ -118,7 +120,10 @@ def _save(path: Path, replayed: Replayed, subject: Subject) -> None:
 
     computation = replayed.computation
     if computation is None:
-        stop(f"--save {path}: no call deviates by value, nothing to write", Exit.DOES_NOT)
+        typer.echo(
+            f"attnproof: --save {path}: no call deviates by value, nothing written", err=True
+        )
+        return
     try:
         save_computation(
             path,

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -59,8 +61,9 @@ def run_session(options: Options, workers: int, watcher: object) -> Session:
         *_chapter_files(options),
     ]
     said = io.StringIO()
-    with _apart(workers), contextlib.redirect_stderr(said):
+    with _apart(workers), _workers_stderr(workers) as told, contextlib.redirect_stderr(said):
         ended = pytest.main(arguments, plugins=[quiet, watcher])
+        said.write(told())
     if ended == pytest.ExitCode.USAGE_ERROR:
         return _nothing(refused=_one_line(said.getvalue()))
     recorder = quiet.recorder
@@ -155,6 +158,30 @@ def _apart(workers: int) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _workers_stderr(workers: int) -> Iterator[Callable[[], str]]:
+    """With what the processes of pytest-xdist print on standard error in a file; gives a function
+    that reads it. A worker that Ctrl-C meets in the middle of an import has a traceback to tell,
+    which is nobody's business."""
+    if workers < 2:
+        yield lambda: ""
+        return
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+
+        def told() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            yield told
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def _nothing(**why: str) -> Session:

@@ -155,6 +155,8 @@ def test_window(problem: Problem, subject: Subject) -> None:
                 seqlen_q=33,
                 seqlen_k=65,
             ),
+            # Scores beyond -1e4: no finite number hides a key.
+            turning([{"mask": "one-key"}], distribution="large", seqlen_q=65, seqlen_k=100),
         )
     ),
     full=problems(
@@ -320,6 +322,10 @@ _QUICK_PAIRS = (
     ("bias", "scale"),
     ("mask", "value dim"),
     ("window", "softcap"),
+    ("softcap", "bias"),
+    ("softcap", "alibi"),
+    ("sinks", "scale"),
+    ("alibi", "scale"),
     ("causal top-left", "scale"),
     ("causal bottom-right", "value dim"),
 )

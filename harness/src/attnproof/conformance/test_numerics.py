@@ -4,12 +4,24 @@ Every element must lie within the error budget that is derived from the problem 
 precision; on iid inputs the statistics of rows must too.
 """
 
+from typing import Any
+
 from attn_reference.problem import Problem
 
 from ..cases import cases
 from ..subject import Subject
 from .cover import problems
-from .recipe import BATCHES, DTYPES, EDGES, QUICK_LENGTHS, each_dtype, lengths, turning
+from .recipe import (
+    BATCHES,
+    DTYPES,
+    EDGES,
+    GRADIENTS,
+    QUICK_LENGTHS,
+    each_dtype,
+    joined,
+    lengths,
+    turning,
+)
 
 SPREADS = ("normal", "normal:4")
 SHAPES_OF_DATA = (
@@ -159,4 +171,31 @@ def test_decode(problem: Problem, subject: Subject) -> None:
 )
 def test_scale(problem: Problem, subject: Subject) -> None:
     """Another scale than 1/sqrt(head_dim)."""
+    subject.check(problem)
+
+
+# With a scale of 0 every visible key weighs the same, with a negative one the smallest product
+# wins: what hides a key must do so after the scale, and a maximum must be that of the scores.
+NOT_POSITIVE = ({"scale": 0.0}, {"scale": -0.125})
+HIDING: tuple[dict[str, Any], ...] = ({}, {"causal": "top-left"}, {"causal": "bottom-right"})
+
+
+@cases(
+    quick=joined(turning(NOT_POSITIVE, seqlen_q=65, seqlen_k=127, **rule) for rule in HIDING)
+    + turning(({"scale": -0.3},), seqlen_q=33, seqlen_k=65, gradients=GRADIENTS),
+    full=joined(
+        problems(
+            {
+                "scale": (0.0, -0.01, -0.3, -1.0),
+                "dtype": DTYPES,
+                "lengths": lengths((65, 65), (129, 33), (17, 300)),
+            },
+            **rule,
+        )
+        for rule in (*HIDING, {"mask": "random"})
+    ),
+    feature="scale",
+)
+def test_scale_not_positive(problem: Problem, subject: Subject) -> None:
+    """A scale of zero, and a negative one, with keys that are hidden and without."""
     subject.check(problem)

@@ -34,16 +34,21 @@ class Explainer:
             return
         in_time = self._left > 0
         start = time.monotonic()
-        examined = examine(
-            problem,
-            inputs,
-            result,
-            self._subject.precision,
-            self._subject.description.capabilities,
-            self._earlier(inputs),
-            table=MISTAKES if in_time else list(self._seen),
-            seconds=min(SECONDS, self._left) if in_time else SECONDS_AGAIN,
-        )
+        try:
+            examined = examine(
+                problem,
+                inputs,
+                result,
+                self._subject.precision,
+                self._subject.description.capabilities,
+                self._earlier(inputs),
+                table=MISTAKES if in_time else list(self._seen),
+                seconds=min(SECONDS, self._left) if in_time else SECONDS_AGAIN,
+            )
+        except Exception as error:
+            # The verdict stands, whatever is wrong with its explanation; but it must show.
+            verdict.reason += f"; the diagnosis failed: {type(error).__name__}: {error}"
+            return
         self._left -= time.monotonic() - start
         self._seen |= dict.fromkeys(examined.mistakes)
         verdict.looks_like = list(examined.looks_like)

@@ -227,9 +227,7 @@ def dropout_wrong(case: Case) -> Iterator[Guess]:
     """Dropout left out, inverted, or not made up for by 1 / (1 - p)."""
     keep = 1 - case.problem.dropout
     yield "attention without dropout", case.changed(dropout=0.0)
-    unscaled = {"lse": case.truth.get("lse", torch.zeros(()))} | case.edited(
-        lambda x: x * keep, "out", "dv"
-    )
+    unscaled = case.edited(lambda x: x, "lse") | case.edited(lambda x: x * keep, "out", "dv")
     yield "attention whose dropout does not divide by 1 - p", unscaled
     if case.inputs.keep_mask is not None:
         words = "attention with the keep mask of dropout inverted"

@@ -72,7 +72,7 @@ def update(directory: Path = DIRECTORY) -> list[str]:
     if changes:
         entries = {name: manifest[name] for name in sorted(manifest)}
         text = json.dumps({"vectors": entries}, indent=1) + "\n"
-        _replace(directory / MANIFEST, text.encode())
+        replace_file(directory / MANIFEST, text.encode())
     known = {MANIFEST, *(name + SUFFIX for name in VECTORS)}
     strangers = [path.name for path in sorted(directory.iterdir()) if path.name not in known]
     return changes + [f"{stranger}: unknown file, left alone" for stranger in strangers]
@@ -177,7 +177,7 @@ def _write(path: Path, problem: Problem) -> dict[str, Any]:
     tensors = inputs.tensors() | answers(inputs, problem)
     # One key of metadata: the order of several would not be the same every time.
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _replace(path, save(contiguous, metadata={"problem": problem.id}))
+    replace_file(path, save(contiguous, metadata={"problem": problem.id}))
     return {
         "problem": problem.id,
         "sha256": file_digest(path),
@@ -187,7 +187,7 @@ def _write(path: Path, problem: Problem) -> dict[str, Any]:
     }
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)

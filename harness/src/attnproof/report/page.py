@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from .. import environment
 from ..diagnosis.heat_map import SHADES
 from ..options import Options
 from ..record import CaseRecord
+from ..verdict import Status
 from .plots import by_tensor, features
 from .summary import FAILED, Summary, worst_of
 from .table import count_columns, number
-from .verdict_text import replay_command, told_findings
+from .verdict_text import replay_command, statistics_text, told_findings
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "index.html"
@@ -31,12 +33,14 @@ def write_report(
     summary: Summary,
     records: Sequence[CaseRecord],
     found: Mapping[str, Any],
+    smallest: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the page of a run into ``directory`` and return its path; OSError when it cannot be.
 
-    ``found`` is the environment (``environment.environment()``).
+    ``found`` is the environment (``environment.environment()``), ``smallest`` the smallest case
+    that fails like another, by the id of that.
     """
-    failing = [r for r in records if r.known is None and r.status in FAILED]
+    failing = _in_order([r for r in records if r.known is None and r.status in FAILED], summary)
     loader = jinja2.FileSystemLoader(TEMPLATES)
     page = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -49,7 +53,7 @@ def write_report(
         environment=environment.lines(dict(found)),
         shades=SHADES,
         plots=[Markup(plot) for plot in (by_tensor(records), features(summary)) if plot],
-        failing=[_failing(record, options) for record in failing[:IN_FULL]],
+        failing=[_failing(record, options, smallest or {}) for record in failing[:IN_FULL]],
         left_out=len(failing[IN_FULL:]),
         known=[record for record in records if record.known is not None],
         cases=[_case(record) for record in sorted(records, key=lambda r: r.id)],
@@ -82,8 +86,20 @@ def _cell(glyph: str, colour: str | None) -> str:
     return f'<span style="background:{colour};color:{colour}">{glyph}</span>'
 
 
-def _failing(record: CaseRecord, options: Options) -> dict[str, Any]:
+def _in_order(failing: Sequence[CaseRecord], summary: Summary) -> list[CaseRecord]:
+    """A case of each feature first, the features as in the verdict line, then the others."""
+    place = {row.feature: n for n, row in enumerate(summary.failing)}
+    met: Counter[str] = Counter()
+    ranked: list[tuple[bool, int, int, CaseRecord]] = []
+    for record in failing:
+        ranked.append((met[record.feature] > 0, place[record.feature], len(ranked), record))
+        met[record.feature] += 1
+    return [record for *_, record in sorted(ranked, key=lambda item: item[:3])]
+
+
+def _failing(record: CaseRecord, options: Options, smallest: Mapping[str, str]) -> dict[str, Any]:
     verdict = record.verdict
+    statistics = verdict.get("statistics", {}) if record.status == Status.DEVIATES else {}
     return {
         "record": record,
         "reason": verdict.get("reason", ""),
@@ -91,7 +107,9 @@ def _failing(record: CaseRecord, options: Options) -> dict[str, Any]:
         "looks_like": verdict.get("looks_like", []),
         "conforms_under": verdict.get("conforms_under"),
         "heat_map": coloured(verdict.get("heat_map", "")),
+        "statistics": statistics_text(statistics),
         "command": replay_command(record.id, options),
+        "smallest": replay_command(smallest[record.id], options) if record.id in smallest else "",
     }
 
 

@@ -16,9 +16,22 @@ from .summary import Summary
 TENSORS = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks")
 LOWEST, HIGHEST = 1e-3, 1e4  # error over budget; what is beyond is drawn at the edge
 BINS = 42
-OK, BAD, GREY = "#3a78a8", "#a31621", "#c9ced4"
+OK, BAD, GREY = "#3a78a8", "#c2303b", "#9aa3ad"
+INK = "#010203"  # stands for the colour of the text around the plot, light or dark
 
 
+INKED = mpl.rc_context(
+    {
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
+)
+
+
+@INKED
 def by_tensor(records: Sequence[CaseRecord]) -> str:
     """A histogram of the worst error over budget of each case, a panel for each tensor."""
     found: dict[str, list[float]] = {}
@@ -37,7 +50,7 @@ def by_tensor(records: Sequence[CaseRecord]) -> str:
         counts, _ = np.histogram(values, edges)
         colours = [OK if right <= 1.0001 else BAD for right in edges[1:]]
         panel.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours)
-        panel.axvline(1.0, color="black", linewidth=0.8)
+        panel.axvline(1.0, color=INK, linewidth=0.8)
         panel.set_xscale("log")
         panel.set_yscale("symlog", linthresh=1)
         panel.set_ylim(bottom=0)
@@ -49,6 +62,7 @@ def by_tensor(records: Sequence[CaseRecord]) -> str:
     return _svg(figure)
 
 
+@INKED
 def features(summary: Summary) -> str:
     """How the cases of each feature ended, a bar each."""
     rows = [row for row in summary.rows if row.cases][::-1]
@@ -76,7 +90,8 @@ def features(summary: Summary) -> str:
 
 def _svg(figure: Figure) -> str:
     """The <svg> element alone, the same for the same figure."""
-    text = io.StringIO()
+    file = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "attnproof", "svg.fonttype": "none"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")

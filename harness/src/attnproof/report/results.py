@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from ..environment import environment
 from ..options import Options
-from ..record import CaseRecord
+from ..record import CaseRecord, json_values
 from .summary import document
 
 
@@ -22,7 +22,8 @@ def write_results(
     """
     assert options.json is not None
     run = asdict(options) | {"json": str(options.json)}
-    text = json.dumps(document(records, environment(), run, complaints), indent=1)
+    found = json_values(document(records, environment(), run, complaints))
+    text = json.dumps(found, indent=1, allow_nan=False)
     part = options.json.with_name(options.json.name + ".part")
     try:
         part.write_text(text + "\n", encoding="utf-8")

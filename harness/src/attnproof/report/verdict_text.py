@@ -18,26 +18,31 @@ FINDINGS_IN_GIST = 3
 REPLAYED = ("signature", "precision", "device", "seed", "timeout", "in_process")
 
 
-def verdict_text(case_id: str, verdict: Verdict | Mapping[str, Any], options: Options) -> str:
+def verdict_text(
+    case_id: str, verdict: Verdict | Mapping[str, Any], options: Options, width: int = WIDTH
+) -> str:
     """What deviates, where, by how much, what it looks like, and how to see it again.
 
-    ``verdict`` may be ``Verdict.as_dict()``, as records hold it.
+    ``verdict`` may be ``Verdict.as_dict()``, as records hold it. Sentences are broken at
+    ``width``, commands never are.
     """
     values = verdict.as_dict() if isinstance(verdict, Verdict) else verdict
     parts = [case_id]
     guesses = values["looks_like"] or [""]
-    parts.append(_wrapped(": ".join(filter(None, [values["status"], guesses[0]])), ""))
-    parts += [_wrapped(f"or: {guess}") for guess in guesses[1:]]
-    parts += _findings(values)
+    parts.append(_wrapped(": ".join(filter(None, [values["status"], guesses[0]])), width, ""))
+    parts += [_wrapped(f"or: {guess}", width) for guess in guesses[1:]]
+    parts += _findings(values, width)
+    if values["status"] == Status.CONFORMS and values["worst"]:
+        worst = ", ".join(f"{name} {float(x):.2g}" for name, x in values["worst"].items())
+        parts.append(_wrapped(f"largest error over its budget: {worst}", width))
     if values["statistics"] and values["status"] == Status.DEVIATES:
-        parts.append(_statistics(values["statistics"]))
+        parts.append(_wrapped(statistics_text(values["statistics"]), width))
     if values["heat_map"]:
         parts.append(values["heat_map"])
     if values["conforms_under"]:
-        parts.append(
-            f"It would conform under precision {values['conforms_under']}: "
-            f"--precision {values['conforms_under']}"
-        )
+        name = values["conforms_under"]
+        text = f"It would conform under precision {name}: --precision {name}"
+        parts.append(_wrapped(text, width, ""))
     parts.append(f"replay: {replay_command(case_id, options)}")
     return "\n".join(part for part in parts if part)
 
@@ -80,32 +85,32 @@ def replay_command(case_id: str, options: Options) -> str:
     return shlex.join(words)
 
 
-def _findings(values: Mapping[str, Any]) -> list[str]:
-    """The findings, or the reason where there are none (a crash, say), wrapped."""
-    findings = values["findings"]
-    if not findings:
-        return [_wrapped(line) for line in str(values["reason"]).splitlines()]
-    told = told_findings(findings)
-    lines = [_wrapped(f"{f['rule']}: {f['message']}") for f in told[:FINDINGS]]
-    if len(told) > FINDINGS:
-        lines.append(f"  and {len(told) - FINDINGS} more findings")
-    return lines
-
-
-def _statistics(statistics: Mapping[str, float]) -> str:
+def statistics_text(statistics: Mapping[str, float]) -> str:
     """The z values with their limits, in a line."""
     named = [name for name in statistics if not name.endswith("_limit")]
-    return "  " + ", ".join(
+    return ", ".join(
         f"{name} {statistics[name]:.3g}"
         + (f" (limit {statistics[f'{name}_limit']:.3g})" if f"{name}_limit" in statistics else "")
         for name in named
     )
 
 
-def _wrapped(text: str, indent: str = "  ") -> str:
+def _findings(values: Mapping[str, Any], width: int) -> list[str]:
+    """The findings, or the reason where there are none (a crash, say), wrapped."""
+    findings = values["findings"]
+    if not findings:
+        return [_wrapped(line, width) for line in str(values["reason"]).splitlines()]
+    told = told_findings(findings)
+    lines = [_wrapped(f"{f['rule']}: {f['message']}", width) for f in told[:FINDINGS]]
+    if len(told) > FINDINGS:
+        lines.append(f"  and {len(told) - FINDINGS} more findings")
+    return lines
+
+
+def _wrapped(text: str, width: int, indent: str = "  ") -> str:
     return textwrap.fill(
         text,
-        WIDTH,
+        width,
         initial_indent=indent,
         subsequent_indent=indent + "  ",
         break_long_words=False,

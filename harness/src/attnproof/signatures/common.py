@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from torch.nn import Module
+
 from attn_reference.inputs import Attention, Inputs
 from attn_reference.precision import FLASH, PROFILES, Precision
-from attn_reference.problem import Problem
+from attn_reference.problem import DTYPES, GRADIENT_NAMES, Problem
 
 from ..backend import Capabilities
 from ..backends.availability import unavailable
@@ -66,7 +68,12 @@ class Parameters:
 
 
 def parameters_of(function: Callable[..., Any]) -> Parameters | None:
-    """The parameters of a function; None when it shows none (builtins, ``*args, **kwargs``)."""
+    """The parameters of a function; None when it shows none (builtins, ``*args, **kwargs``).
+
+    Those of a module of torch are its ``forward``'s.
+    """
+    if isinstance(function, Module):
+        function = function.forward
     try:
         found = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):
@@ -119,6 +126,7 @@ def declared_capabilities(target: object, derived: Capabilities) -> Capabilities
                 raise SignatureMismatch(
                     f"attnproof_capabilities: unknown field {name!r}; known are {', '.join(known)}"
                 )
+        _check_values(declared)
         try:
             read = Capabilities.from_dict(declared)
         except (TypeError, ValueError) as error:
@@ -135,6 +143,42 @@ def declared_capabilities(target: object, derived: Capabilities) -> Capabilities
             f"known are {', '.join(sorted(FEATURES))}"
         )
     return result
+
+
+# What the fields hold: lists of these names, or one of these values.
+_NAMES: Mapping[str, tuple[str, ...] | None] = {
+    "dtypes": tuple(DTYPES),
+    "devices": ("cpu", "cuda"),
+    "gradients": tuple(GRADIENT_NAMES),
+    "features": None,
+    "notes": None,
+}
+_CHOICES = {"lse_base": ("e", "2"), "lse_layout": ("bhs", "bsh")}
+_COUNTS = ("head_dim_max", "head_dim_multiple", "page_size_multiple")
+
+
+def _check_values(declared: Mapping[str, Any]) -> None:
+    """Refuse values of another kind: taken as they are, they would leave every case unsupported."""
+
+    def refuse(name: str, accepted: str) -> None:
+        raise SignatureMismatch(
+            f"attnproof_capabilities: {name} is {declared[name]!r}; accepted is {accepted}"
+        )
+
+    for name, value in declared.items():
+        if name in _NAMES:
+            known = _NAMES[name]
+            accepted = f"a list of {', '.join(known)}" if known else "a list of names"
+            if not isinstance(value, list | tuple | set | frozenset):
+                refuse(name, accepted)
+            if known and not set(value) <= set(known):
+                refuse(name, accepted)
+        elif name in _CHOICES and value not in _CHOICES[name]:
+            refuse(name, " or ".join(map(repr, _CHOICES[name])))
+        elif name in _COUNTS:
+            optional = name == "head_dim_max" and value is None
+            if not optional and (type(value) is not int or value < 1):
+                refuse(name, "a whole number above 0")
 
 
 def declared_precision(target: object) -> Precision:

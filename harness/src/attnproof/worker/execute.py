@@ -62,12 +62,14 @@ class Execution:
 class Executor:
     """A backend on a device, ready to carry out plans.
 
-    ``watch`` is begun before the target is loaded. Make one for each process.
+    ``watch`` is begun before the target is loaded. Make one for each process. A
+    KeyboardInterrupt is the target's own, unless the process is ``interruptible``.
     """
 
     backend: Backend
     device: str
     watch: Watch
+    interruptible: bool = False
 
     def carry_out(
         self, descriptor: int, arena: ArenaMap, read: Callable[[Sequence[Inputs]], Plan]
@@ -124,9 +126,9 @@ class Executor:
         try:
             with canaries if canaries is not None else nullcontext():
                 computed = self._compute(call, leaves, remember)
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:  # SystemExit too: it is the target's, not the run's
+            if self.interruptible and isinstance(error, KeyboardInterrupt):
+                raise
             _record(error, result, self.device)
         result.seconds = _clock() - start
         if computed is not None:
@@ -231,7 +233,7 @@ def _record(error: BaseException, result: CallResult, device: str) -> None:
 def _text_of(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:
+    except BaseException:
         return "(its text cannot be had)"
 
 

@@ -12,17 +12,21 @@ import builtins
 import concurrent.futures.thread
 import importlib.util
 import os
+import resource
+import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 import torch
 
-GRACE_SECONDS = 0.25  # for threads that are about to end
+GRACE_SECONDS = 0.25  # for threads and processes that are about to end
+NAME_LIMIT = 200  # characters of a name that the target chose
 # Attributes that torch itself replaces: torch.compile wraps manual_seed, and a new default
 # dtype, which has a complaint of its own, comes with a new Storage.
 REPLACED_BY_TORCH = frozenset({"torch.manual_seed", "torch.Storage"})
@@ -37,11 +41,15 @@ WATCHED_MODULES: tuple[ModuleType, ...] = (
 )
 WATCHED_CLASSES: tuple[type, ...] = (torch.Tensor, torch.autograd.Function)
 
+# torch chooses kernels of its own for these when it is told to.
+CHOSEN_BY_TORCH = ("aten/_scaled_dot_product", "aten/_flash_attention")
+
 # Taken before any target is loaded: a patched clock or frame getter does not reach these.
 _sleep = time.sleep
 _now = time.monotonic
 _current_frames = sys._current_frames
 _thread_count = _thread._count
+_own_pid = os.getpid
 _POOL_WORKER: CodeType = concurrent.futures.thread._worker.__code__
 _OWN_PACKAGES = tuple(
     os.path.join(folder, "")
@@ -50,6 +58,10 @@ _OWN_PACKAGES = tuple(
     for folder in spec.submodule_search_locations or ()
 )
 _THREADING_FILE = threading.__file__
+_PROCESSES = Path("/proc")  # Linux has it
+# By number: some have two names.
+_LIMITS = {getattr(resource, n): n for n in dir(resource) if n.startswith("RLIMIT_")}
+_TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 
 
 class Functions:
@@ -72,6 +84,7 @@ class Functions:
                 for name, value in vars(owner).items()
                 if isinstance(owner, type) or callable(value)
             }
+        self._operators = _operators()
         self._inherited = {
             name: frozenset().union(*map(vars, owner.__mro__[1:])) - vars(owner).keys()
             for name, owner in owners.items()
@@ -91,7 +104,21 @@ class Functions:
             module = self._owners[owner_name]
             if isinstance(module, ModuleType) and sys.modules.get(owner_name) is not module:
                 found.append(f"sys.modules[{owner_name!r}]")
+        found += [f"the operator {name}" for name in sorted(_operators() - self._operators)]
         return [name for name in found if name not in REPLACED_BY_TORCH]
+
+
+def _operators() -> set[str]:
+    """Kernels for torch's own operators that Python code has registered: "aten/mm/CPU". Those
+    for the meta device compute nothing, and torch registers them when they are needed."""
+    registered: set[str] = torch.library._impls
+    return {
+        name
+        for name in registered
+        if name.startswith("aten/")
+        and not name.endswith("/Meta")
+        and not name.startswith(CHOSEN_BY_TORCH)
+    }
 
 
 @dataclass(frozen=True)
@@ -155,7 +182,38 @@ def _root(frame: FrameType) -> FrameType:
 def _in_words(identifier: int, frame: FrameType) -> str:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     name = names.get(identifier, f"thread {identifier}, not started by the threading module")
+    name = str(name)[:NAME_LIMIT]
     return f"{name}, in {frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
+
+
+def copies_left_running() -> list[str]:
+    """Processes forked from this one that still run after a short grace, in words.
+
+    They hold its memory, its inputs and its connection. Programs that it has started are no
+    copies: compilers keep some.
+    """
+    deadline = _now() + GRACE_SECONDS
+    while (left := list(_copies())) and _now() < deadline:
+        _sleep(0.005)
+    return [f"process {pid}" for pid in left]
+
+
+def _copies() -> Iterator[int]:
+    own = _PROCESSES / str(_own_pid())
+    try:
+        command = (own / "cmdline").read_bytes()
+        lists = [thread / "children" for thread in (own / "task").iterdir()]
+        children = [int(pid) for one in lists for pid in one.read_text().split()]
+    except OSError:  # no such files on this system
+        return
+    for pid in children:
+        try:
+            # That of a process that has ended is empty.
+            copy = (_PROCESSES / str(pid) / "cmdline").read_bytes() == command
+        except OSError:
+            continue
+        if copy:
+            yield pid
 
 
 @dataclass(frozen=True)
@@ -183,7 +241,13 @@ class Settings:
             "the stack of torch function modes": torch._C._len_torch_function_stack(),
             "the stack of torch dispatch modes": torch._C._len_torch_dispatch_stack(),
             "the flushing of subnormal numbers": sys.float_info.min / 2 == 0.0,
+            # What belongs to the target is not printed: its text would be the target's code.
+            "the trace function": str(id(sys.gettrace())).encode(),
+            "the profile function": str(id(sys.getprofile())).encode(),
+            "the timers that send signals": _timers(),
         }
+        for limit, name in _LIMITS.items():
+            values[f"the limit {name}"] = resource.getrlimit(limit)
         if random:
             values["torch's random state"] = bytes(torch.get_rng_state().numpy())
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -203,6 +267,11 @@ class Settings:
                 shown = "" if isinstance(value, bytes) else f" from {value} to {now[name]}"
                 said.append(f"changed {name}{shown}")
         return said
+
+
+def _timers() -> tuple[bool, ...]:
+    """Which of the three are set."""
+    return tuple(signal.getitimer(timer)[0] > 0 for timer in _TIMERS)
 
 
 def _sdpa_backends() -> tuple[bool, ...]:
@@ -231,4 +300,5 @@ class Watch:
         """What a call did to the process beside computing, as sentences."""
         said = [f"replaced {name}" for name in self.functions.replaced()]
         said += [f"left a thread running: {thread}" for thread in self.threads.left_running()]
+        said += [f"left a copy of its process running: {copy}" for copy in copies_left_running()]
         return said + settings.changes()

@@ -20,27 +20,12 @@ from attn_reference.inputs import Attention, Gradients, Inputs
 from attn_reference.problem import GRADIENT_NAMES, Problem
 
 from ..plan import Call, CallResult, Outcome, Plan, Surroundings
+from . import returned
 from .calling import result_limit
-from .protocol import Channel, Header, ProtocolError, clean
+from .protocol import TEXT_LIMIT, Channel, Header, ProtocolError, clean
 
 COMPLAINTS_LIMIT = 200
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    )
-}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in returned.DTYPES}
 ATTENTION_NAMES = ("out", "lse", "keep_mask")
 ROLES = (*ATTENTION_NAMES, *(f"d{name}" for name in GRADIENT_NAMES))
 MAX_DIMENSIONS = 8
@@ -88,7 +73,7 @@ def results_header(results: Sequence[CallResult]) -> tuple[list[Header], list[me
                 "unsupported": result.unsupported,
                 "raised": result.raised,
                 "traceback": result.traceback,
-                "complaints": result.complaints[:COMPLAINTS_LIMIT],
+                "complaints": [c[:TEXT_LIMIT] for c in result.complaints[:COMPLAINTS_LIMIT]],
                 "out_strides": result.out_strides,
                 "seconds": result.seconds,
                 "tensors": tensors,

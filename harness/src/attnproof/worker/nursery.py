@@ -12,6 +12,7 @@ import tempfile
 from .protocol import Channel, Closed, Header, clean
 
 START_SECONDS = 120.0  # for Python and torch to load on a busy machine
+ANSWER_SECONDS = 30.0  # for a fork, or for a process to end, thereafter
 CLOSE_SECONDS = 5.0
 # glibc fills fresh memory with the complement of this byte: 0x7f is NaN in fp16, and beyond 1e38
 # in bf16 and fp32. Its per-thread cache would hand out small blocks as they are.
@@ -51,6 +52,7 @@ class Nursery:
                 log.seek(0)
                 said = clean(log.read().decode(errors="replace"))
                 raise RuntimeError(f"the process for targets did not start: {said}") from error
+        self._socket.settimeout(ANSWER_SECONDS)
 
     @property
     def alive(self) -> bool:

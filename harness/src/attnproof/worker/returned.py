@@ -11,6 +11,22 @@ from torch import Tensor
 
 from .arena import same_bits
 
+# What the judge can compare, and the parent takes.
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+
 # Taken before any target is loaded, for code that patches the methods of Tensor.
 _detach = torch.Tensor.detach
 _data_ptr = torch.Tensor.data_ptr
@@ -26,13 +42,23 @@ def not_plain(value: Any, device: str) -> str | None:
         return f"a {type(value).__module__}.{type(value).__qualname__}, not a torch.Tensor"
     if value.layout != torch.strided:
         return f"a tensor of layout {value.layout}, not a dense one"
+    if value.is_nested:
+        return "a nested tensor, not a dense one"
     if value.device.type != device:
         return f"a tensor on {value.device}, not on {device}"
-    if value.dtype.is_complex or value.is_quantized:
+    if value.dtype not in DTYPES:
         return f"a tensor of dtype {value.dtype}"
     if torch._is_functional_tensor(value) or torch._C._functorch.is_functorch_wrapped_tensor(value):
         return "a wrapped tensor, not a plain one"
+    if value.numel() and _span(value) > value.untyped_storage().nbytes():
+        return "a tensor that reaches beyond the end of its storage"
     return None
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from the start of its storage to the end of a non-empty tensor."""
+    start, end = _extent(tensor)
+    return int(tensor.storage_offset()) * tensor.element_size() + end - start
 
 
 @dataclass(kw_only=True)

@@ -125,6 +125,9 @@ class IsolatedRunner:
         except Closed:
             how = self._how_it_ended()
             raise LoadError(f"{text}: cannot be loaded, its process {how}") from None
+        except ProtocolError as error:
+            self.close()
+            raise LoadError(f"{text}: cannot be loaded, its process sent {error}") from None
         except BaseException:
             self.close()
             raise
@@ -202,7 +205,12 @@ class InProcessRunner:
     def _ready(self) -> Executor:
         if self._executor is None:
             watch = Watch(functions=self._functions, threads=Threads.running())
-            self._executor = Executor(backend=load(self._target), device=self._device, watch=watch)
+            self._executor = Executor(
+                backend=load(self._target),
+                device=self._device,
+                watch=watch,
+                interruptible=True,
+            )
         return self._executor
 
 

@@ -14,11 +14,15 @@ from .arena import ArenaMap
 from .execute import Executor
 from .integrity import Watch
 from .messages import plan_of, results_header
-from .protocol import Channel, Closed, Header
+from .protocol import TEXT_LIMIT, Channel, Closed, Header
+
+# Taken before any target is loaded.
+_exit, _own_pid = os._exit, os.getpid
 
 
 def serve(connection: socket.socket) -> None:
     """Answer what comes over the connection until the other side closes it."""
+    served_by = _own_pid()
     channel = Channel(connection, takes_files=True)
     request = channel.receive()
     os.chdir(request["cwd"])
@@ -27,7 +31,7 @@ def serve(connection: socket.socket) -> None:
         backend = load(TargetSpec(**request["target"]))
         description = describe(backend, request["device"]).as_dict()
     except LoadError as error:
-        channel.send({"load_error": str(error)})
+        channel.send({"load_error": str(error)[:TEXT_LIMIT]})
         return
     channel.send({"description": description})
     executor = Executor(backend=backend, device=request["device"], watch=watch)
@@ -36,10 +40,10 @@ def serve(connection: socket.socket) -> None:
             header = channel.receive()
         except Closed:
             return
-        _answer(header, channel, executor)
+        _answer(header, channel, executor, served_by)
 
 
-def _answer(header: Header, channel: Channel, executor: Executor) -> None:
+def _answer(header: Header, channel: Channel, executor: Executor, served_by: int) -> None:
     def read(inputs: Sequence[Inputs]) -> Plan:
         return plan_of(header["plan"], inputs)
 
@@ -47,6 +51,8 @@ def _answer(header: Header, channel: Channel, executor: Executor) -> None:
     try:
         done = executor.carry_out(descriptor, ArenaMap.from_dict(header["arena"]), read)
     finally:
+        if _own_pid() != served_by:
+            _exit(0)  # a process that the target has forked: the answer is not its to give
         os.close(descriptor)
     results, payload = results_header(done.results)
     answer = {

@@ -22,8 +22,15 @@ class Base:
     power: Callable[[Any], Any]  # b^x
     logarithm: Callable[[Any], Any]  # log_b(x)
     maximum: Callable[[Any, Any], Any] = torch.maximum
-    # Factor that turns natural scores into scores of this base, and its inverse.
-    per_nat: float = 1.0
+    per_nat: float | None = None  # log_b(e); None: 1, and nothing is multiplied
+
+    def scores(self, natural: Any) -> Any:
+        """Natural scores as scores of this base."""
+        return natural if self.per_nat is None else natural * self.per_nat
+
+    def nats(self, value: Any) -> Any:
+        """A logarithm of this base as a natural one."""
+        return value if self.per_nat is None else value / self.per_nat
 
     def rescale(self, old: Any, new: Any) -> Any:
         """b^(old - new): what a sum taken relative to the maximum ``old`` is worth under ``new``.

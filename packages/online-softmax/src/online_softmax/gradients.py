@@ -42,7 +42,10 @@ class Backward:
 
     def slack(self, rows: slice, grad_out: Tensor, out: Tensor) -> Tensor:
         """dLSE - D with D = rowsum(dO ∘ O), (Hkv, G, R): what dS = P ∘ (dP + slack) needs."""
-        slack = -(grad_out * out).sum(-1)
+        return self.with_lse(rows, -(grad_out * out).sum(-1))
+
+    def with_lse(self, rows: slice, slack: Tensor) -> Tensor:
+        """``slack`` of rows and, where a gradient comes in through the LSE, that."""
         return slack if self.grad_lse is None else slack + self.grad_lse.load(rows)
 
     def add_bias(self, gradient: Tensor, rows: slice, keys: slice) -> None:
@@ -61,4 +64,4 @@ class Backward:
     @staticmethod
     def over_group(gradient: Tensor) -> Tensor:
         """A gradient of keys, (Hkv, G, C, D), summed over the query heads that read them."""
-        return gradient.sum(1, keepdim=True)
+        return gradient if gradient.shape[1] == 1 else gradient.sum(1, keepdim=True)

@@ -103,6 +103,8 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            return result  # of positions and masks
         name = function.overloadpacket.__name__.rstrip("_")
         if name in MATMULS:
             left, right = [a for a in args if isinstance(a, Tensor)][-2:]

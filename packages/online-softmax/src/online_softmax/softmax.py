@@ -16,9 +16,11 @@ from .state import State, identity, merge, state_of
 
 
 def naive_softmax(x: Tensor) -> Tensor:
-    """exp(x) / Σ exp(x), in two passes: overflows from x = 89 on in fp32, from 12 on in fp16.
+    """exp(x) / Σ exp(x), in two passes: NaN from x = 88.73 on in fp32, from 11.1 on in fp16.
 
-    (Milakov & Gimelshein 2018, arXiv 1805.02867, algorithm 1.)
+    There exp(x) overflows (a sum of several does so earlier), and where all scores of a row are
+    -104 (-17.4) or lower, all of them underflow: 0 / 0. (Milakov & Gimelshein 2018,
+    arXiv 1805.02867, algorithm 1.)
     """
     d = x.new_zeros(x.shape[:-1])
     for j in range(x.shape[-1]):  # pass 1: the sum
@@ -51,8 +53,9 @@ def online_softmax(x: Tensor) -> Tensor:
     """
     m, d = x.new_full(x.shape[:-1], -math.inf), x.new_zeros(x.shape[:-1])
     for j in range(x.shape[-1]):  # pass 1: maximum and sum together
-        m_new = torch.maximum(m, x[..., j])
-        d = d * torch.exp(m - finite(m_new)) + torch.exp(x[..., j] - finite(m_new))
+        x_j = x[..., j]
+        m_new = torch.maximum(m, x_j)
+        d = d * torch.exp(m - finite(m_new)) + torch.exp(x_j - finite(m_new))
         m = m_new
     return _quotients(x, State(m=m, d=d))  # pass 2
 

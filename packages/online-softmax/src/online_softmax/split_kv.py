@@ -46,7 +46,7 @@ def _start(x: Operands, rows: slice, first: bool) -> State:
     """Rows before any key, in base 2. A sink is there once: in the first split."""
     state = x.start(rows)
     if first:
-        return State(m=state.m * TWO.per_nat, d=state.d, o=state.o)
+        return State(m=TWO.scores(state.m), d=state.d, o=state.o)
     return State(m=torch.full_like(state.m, -math.inf), d=torch.zeros_like(state.d), o=state.o)
 
 

@@ -111,5 +111,5 @@ def output(state: State) -> Tensor:
 
 def lse(state: State, base: Base = E) -> Tensor:
     """log Σ exp of the natural scores, (...); -inf for rows that saw no key."""
-    natural: Tensor = (state.m + base.logarithm(state.d)) / base.per_nat
+    natural: Tensor = base.nats(state.m + base.logarithm(state.d))
     return natural

@@ -19,15 +19,16 @@ from attn_reference.inputs import Attention, Inputs, output_shape
 from attn_reference.precision import EAGER, FLASH, FLASH_FP32_P, Precision
 from attn_reference.problem import GRADIENT_NAMES, Problem
 from attn_reference.rounding import full_fp32_products
-from attn_reference.sequences import cut, sequences
+from attn_reference.sequences import Sequence, cut, sequences
 from attn_reference.validation import validate
 
-from . import per_row, split_kv, standard, tiled_v1, tiled_v2
+from . import per_row, ring, split_kv, standard, tiled_v1, tiled_v2
 from .gradients import Backward
 from .memory import Memory
 from .operands import Operands
 
-BLOCK_Q, BLOCK_K, SPLITS = 64, 64, 4
+BLOCK_Q, BLOCK_K, SPLITS, RANKS = 64, 64, 4, 4
+FEW_KEYS = 16  # at a time, where the papers take one: 70,000 keys are not to take minutes
 Saved = list[tuple[Any, ...]]  # by sequence: what forward leaves in HBM for backward
 
 
@@ -69,13 +70,13 @@ STEPS = {
         Step(
             name="two-pass",
             title="Online softmax, then the values: two passes over the keys",
-            forward=per_row.two_pass,
+            forward=partial(per_row.two_pass, block_k=FEW_KEYS),
             precision=FLASH_FP32_P,
         ),
         Step(
             name="one-pass",
             title="Values rescaled as the maximum rises: one pass",
-            forward=per_row.one_pass,
+            forward=partial(per_row.one_pass, block_k=FEW_KEYS),
             precision=FLASH_FP32_P,
         ),
         Step(
@@ -94,6 +95,12 @@ STEPS = {
             name="split-kv",
             title="Split-KV: the keys shared out, the parts merged",
             forward=partial(split_kv.forward, splits=SPLITS, block_q=BLOCK_Q, block_k=BLOCK_K),
+        ),
+        Step(
+            name="ring",
+            title="Ring attention: the keys passed around 4 ranks, zig-zag",
+            forward=partial(ring.forward, ranks=RANKS, block_q=BLOCK_Q, block_k=BLOCK_K),
+            backward=partial(ring.backward, ranks=RANKS, block_q=BLOCK_Q, block_k=BLOCK_K),
         ),
     )
 }
@@ -133,14 +140,15 @@ class _Attention(torch.autograd.Function):
         )
         ctx.inputs, ctx.step, ctx.memory, ctx.saved = inputs, step, memory, saved
         # Saved through autograd, which then notices when one of them is changed in place.
-        ctx.save_for_backward(q, k, v, bias, sinks, out, lse)
+        others = (inputs.mask, inputs.alibi_slopes, inputs.keep_mask, inputs.page_table)
+        ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *others)
         return out, lse
 
     @staticmethod
     @once_differentiable
     @full_fp32_products()
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, sinks, out, lse = ctx.saved_tensors
+        q, k, v, bias, sinks, out, lse, *_ = ctx.saved_tensors
         problem, step = ctx.problem, ctx.step
         if step.backward is None:
             raise NotImplementedError(f"{step.name} has no backward pass")
@@ -157,13 +165,13 @@ class _Attention(torch.autograd.Function):
             x = Operands(sequence, problem, ctx.memory)
             g = Backward(x, Attention(out=out, lse=lse))
             step.backward(x, g, *saved)
-            _collect(totals, sequence, g)
+            collect(totals, sequence, g)
         named = zip(GRADIENT_NAMES, (q, k, v, bias, sinks), strict=True)
         found = (totals[n].to(t.dtype) if n in totals else None for n, t in named)
         return (*found, None, None, None, None)
 
 
-def _collect(totals: dict[str, Tensor], sequence: Any, g: Backward) -> None:
+def collect(totals: dict[str, Tensor], sequence: Sequence, g: Backward) -> None:
     """Bring the gradients of one sequence to where they belong in the whole."""
     if "q" in totals:
         totals["q"][sequence.rows] = g.dq.data.flatten(0, 1)

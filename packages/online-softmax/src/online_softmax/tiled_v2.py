@@ -45,7 +45,7 @@ def over_keys(
         def product(p: torch.Tensor, v: torch.Tensor = v, keys: slice = keys) -> torch.Tensor:
             return x.operand(x.dropped(p, rows, keys)) @ v
 
-        state = absorb(state, scores * base.per_nat, product, base)
+        state = absorb(state, base.scores(scores), product, base)
     return state
 
 

@@ -140,11 +140,13 @@ def _chunk(head: KeyHead, rows: slice, result: Attention, totals: _Totals) -> tu
     if rounding.unfused:
         p = rounding.keep(p, "probabilities")
         dp = rounding.keep(dp, "scores")
-    dropped = p
+    dropped = p  # the operand of dV
     kept = head.kept(rows)
     if kept is not None:
         dropped = p * kept / (1 - problem.dropout)
         dp = dp * kept / (1 - problem.dropout)
+    if not rounding.unfused:  # else dS is formed from the P that was stored
+        p = rounding.keep(p, "gradient_probabilities")
     ds = rounding.keep(p * (dp + slack[..., None]), "scores")
     if totals.bias is not None:
         _add_bias(totals.bias, ds, sequence, chunk)

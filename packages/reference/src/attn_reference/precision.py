@@ -30,7 +30,8 @@ class Precision:
     name: str
     scores: str = "fp32"  # dtype in which S (and dP, dS before their products) is kept
     probabilities: str = INPUT  # dtype of P and dS as operands of the second product
-    gradient_probabilities: str = "fp32"  # dtype of the P that dS = P (dP - Delta) is formed from
+    # dtype of the P that dS = P (dP - Delta) is formed from; unfused attention has one P alone.
+    gradient_probabilities: str = "fp32"
     accumulate_out: str = "fp32"
     accumulate_dq: str = "fp32"
     accumulate_dk: str = "fp32"

@@ -1,0 +1,89 @@
+"""golden/traffic: the counts of every registered source, pinned for a few settings.
+
+One file holds them all, by setting and algorithm. Counts are whole numbers: any difference is one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..traffic.sources import Setting, sources
+from .vectors import MANIFEST, replace_file
+
+DIRECTORY = Path("golden/traffic")
+COUNTS = "counts.json"
+SIZES = ((48, 16, 1024), (512, 64, 16384), (1000, 128, 65536))  # N, d, M
+
+
+def settings() -> list[Setting]:
+    """What is pinned: lengths that the tiles divide and do not divide, every pass."""
+    return [
+        Setting(seqlen=n, head_dim=d, on_chip=m, causal=causal, backward=backward)
+        for (n, d, m), causal, backward in product(SIZES, (False, True), (False, True))
+    ]
+
+
+def counts() -> dict[str, dict[str, Any]]:
+    """The counts made here, by setting and name."""
+    found: dict[str, dict[str, Any]] = {}
+    for setting in settings():
+        found[str(setting)] = {
+            name: source.count(setting).as_dict()
+            for name, source in sources().items()
+            if source.unsupported(setting) is None
+        }
+    return found
+
+
+def verify(directory: Path = DIRECTORY) -> list[str]:
+    """Count again and compare: what differs, a sentence each; empty when nothing does."""
+    path = directory / COUNTS
+    try:
+        text = path.read_bytes()
+        stored = json.loads(text)
+        expected = json.loads((directory / MANIFEST).read_text("utf-8"))["files"][COUNTS]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{directory}: not readable ({error})"]
+    differences = []
+    if hashlib.sha256(text).hexdigest() != expected:
+        differences.append(f"the SHA-256 of {COUNTS} is not that of the manifest")
+    return differences + _differences(stored, counts())
+
+
+def update(directory: Path = DIRECTORY) -> list[str]:
+    """Write the counts made here where they differ: what changed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    changes = verify(directory)
+    if changes:
+        text = (json.dumps(counts(), indent=1) + "\n").encode()
+        replace_file(directory / COUNTS, text)
+        entry = {
+            "sha256": hashlib.sha256(text).hexdigest(),
+            "attnproof": version("attnproof"),
+            "torch": torch.__version__,
+        }
+        manifest = json.dumps({"files": {COUNTS: entry}}, indent=1) + "\n"
+        replace_file(directory / MANIFEST, manifest.encode())
+    return changes
+
+
+def _differences(stored: Any, made: dict[str, dict[str, Any]]) -> list[str]:
+    """Setting by setting, algorithm by algorithm, count by count."""
+    said = []
+    for setting in sorted(stored.keys() | made.keys()):
+        there, here = stored.get(setting, {}), made.get(setting, {})
+        for name in sorted(there.keys() | here.keys()):
+            if name not in there or name not in here:
+                said.append(f"{setting}: {name} is {'new' if name in here else 'gone'}")
+                continue
+            for what, value in here[name].items():
+                if there[name].get(what) != value:
+                    said.append(f"{setting}: {name}: {what} {there[name].get(what)}, now {value}")
+    return said

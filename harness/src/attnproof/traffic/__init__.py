@@ -1,0 +1,1 @@
+"""What algorithms move between HBM and the chip, and compute: counted, tabulated, drawn."""
