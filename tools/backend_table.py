@@ -1,6 +1,6 @@
 """Print the results of several backends as one Markdown table, backends across.
 
-Usage: python tools/backend_table.py FOLDER [--by feature|chapter] [--judge]
+Usage: python tools/backend_table.py FOLDER [--by feature|chapter] [--judge] [--only NAME,NAME…]
 
 The folder holds what ``attnproof check BACKEND --json FOLDER/BACKEND.json`` wrote. A cell is the
 largest error over its budget (1 is the limit). With --judge the exit status is 1 when a backend
@@ -63,10 +63,15 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def main(folder: Path, by: str, judge: bool) -> None:
+def main(folder: Path, by: str, judge: bool, only: str | None = None) -> None:
     """Print the table and why a backend could not be judged."""
     files = sorted(folder.glob("*.json"), key=lambda path: path.stem)
     results = {path.stem: json.loads(path.read_text("utf-8")) for path in files}
+    if only is not None:
+        chosen = only.split(",")
+        if missing := [name for name in chosen if name not in results]:
+            sys.exit(f"--only {missing[0]}: there are results of {', '.join(results) or 'none'}")
+        results = {name: results[name] for name in chosen}
     if not results:
         sys.exit(f"{folder}: no results; run python -m nox -s check")
     print(markdown(table(results, by)))
@@ -84,4 +89,5 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--by", choices=("feature", "chapter"), default="feature")
     parser.add_argument("--judge", action="store_true")
+    parser.add_argument("--only", metavar="NAME,NAME…", help="these backends, in this order")
     main(**vars(parser.parse_args()))

@@ -96,3 +96,13 @@ def test_a_run_that_judged_nothing_fails(tmp_path):
 def test_no_results_is_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match="no results; run"):
         backend_table.main(tmp_path, by="feature", judge=True)
+
+
+def test_some_backends_only_in_the_order_given(tmp_path, capsys):
+    for name in ("a", "b", "c"):
+        write(tmp_path, name, 0, case(worst=0.5))
+    backend_table.main(tmp_path, by="feature", judge=False, only="c,a")
+    header = capsys.readouterr().out.splitlines()[0]
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == ["feature", "c", "a"]
+    with pytest.raises(SystemExit, match="--only d: there are results of a, b, c"):
+        backend_table.main(tmp_path, by="feature", judge=False, only="d")

@@ -104,14 +104,25 @@ def test_a_rank_computes_the_tiles_that_placement_says(monkeypatch: pytest.Monke
     assert computed.total() == work(problem, 3, zigzag, 16, 32).tiles.sum()
 
 
-def test_every_rank_sees_all_keys_and_its_own_first() -> None:
-    for ranks in (1, 2, 5):
+def every_rank_sees_all_keys_and_its_own_first() -> None:
+    """The law of the ring; with ``merge``, which is commutative, it makes the answer."""
+    for ranks in (2, 5, 1):
         for rank in range(ranks):
             owners = [ring.owner(rank, turn, ranks) for turn in ring.turns(ranks)]
             assert owners[0] == rank
             assert sorted(owners) == list(range(ranks))
             for turn in ring.turns(ranks)[1:]:  # what the rank before had the turn before
                 assert owners[turn] == ring.owner((rank - 1) % ranks, turn - 1, ranks)
+
+
+def test_the_law_of_the_ring() -> None:
+    every_rank_sees_all_keys_and_its_own_first()
+
+
+def test_the_law_catches_a_ring_that_drops_the_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring, "turns", lambda ranks: range(1, ranks))
+    with pytest.raises((AssertionError, IndexError)):
+        every_rank_sees_all_keys_and_its_own_first()
 
 
 DROPS_THE_DIAGONAL = """
