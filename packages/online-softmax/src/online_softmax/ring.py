@@ -19,7 +19,7 @@ from .memory import HbmTensor
 from .operands import Operands
 from .placement import Placement, Share, blocks_within, zigzag
 from .state import State, lse, output
-from .tiled_v2 import over_keys, shift
+from .tiled_v2 import over_keys, over_rows, prepare
 
 
 def turns(ranks: int) -> range:
@@ -122,12 +122,7 @@ def finish(
 
 def start_backward(g: Backward, slack: HbmTensor, rows: Share, block_q: int) -> None:
     """Before the first turn: dLSE - D of every row, dSinks, and dQ = 0."""
-    for part in blocks_within(rows, block_q):
-        of_rows = g.slack(part, g.grad_out.load(part), g.out.load(part))
-        slack.store(of_rows, part)
-        if g.dsinks is not None:
-            g.add_sinks(g.lse.load(part), of_rows)
-    clear(g.dq, rows, block_q)
+    prepare(g, slack, blocks_within(rows, block_q))
 
 
 def attend_backward(
@@ -140,27 +135,14 @@ def attend_backward(
     block_k: int,
 ) -> None:
     """One turn: dQ of the rows, and dK and dV of the keys that visit, each added to what is
-    there (Dao 2023, arXiv 2307.08691, algorithm 2, whose lines are named)."""
-    scale = x.problem.softmax_scale
-    for these in blocks_within(keys, block_k):  # line 6
+    there."""
+    for these in blocks_within(keys, block_k):
         seen = [r for r in blocks_within(rows, block_q) if not x.rule.none_visible(r, these)]
         if not seen:
             continue
-        k, v = x.k.load(these), x.v.load(these)
         dk, dv = g.dk.load(these), g.dv.load(these)
-        for part in seen:  # line 9
-            q, grad_out, dq = x.q.load(part), g.grad_out.load(part), g.dq.load(part)
-            tile = x.rule.tile(q @ k.mT, part, these)  # line 11
-            p = torch.exp(tile.scores - shift(g.lse.load(part))[..., None])  # line 12
-            dropped = x.operand(x.dropped(p, part, these))
-            dv = dv + g.over_group(dropped.mT @ grad_out)  # line 13
-            dp = x.dropped(grad_out @ v.mT, part, these)  # line 14
-            ds = p * (dp + slack.load(part)[..., None])  # line 15
-            g.add_bias(ds, part, these)
-            ds = x.operand(ds if tile.slope is None else ds * tile.slope)
-            g.dq.store(dq + ds @ k * scale, part)  # line 16
-            dk = dk + g.over_group(ds.mT @ q) * scale  # line 17
-        g.dk.store(dk, these)  # line 19
+        dk, dv = over_rows(x, g, slack, these, seen, dk, dv)
+        g.dk.store(dk, these)
         g.dv.store(dv, these)
 
 

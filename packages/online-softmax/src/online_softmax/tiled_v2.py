@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from .arithmetic import Base, E
 from .gradients import Backward
@@ -42,7 +43,7 @@ def over_keys(
         scores = x.rule.tile(q @ x.k.load(keys).mT, rows, keys).scores
         v = x.v.load(keys)
 
-        def product(p: torch.Tensor, v: torch.Tensor = v, keys: slice = keys) -> torch.Tensor:
+        def product(p: Tensor, v: Tensor = v, keys: slice = keys) -> Tensor:
             return x.operand(x.dropped(p, rows, keys)) @ v
 
         state = absorb(state, base.scores(scores), product, base)
@@ -51,35 +52,55 @@ def over_keys(
 
 def backward(x: Operands, g: Backward, block_q: int, block_k: int) -> None:
     """dQ, dK and dV (and dBias, dSinks) into ``g``. P is computed again from the LSE alone."""
-    scale = x.problem.softmax_scale
     slack = x.allocate("D", x.len_q, vector=True)
-    for rows in blocks(x.len_q, block_q):  # lines 4, 5: D once per row, not once per tile
-        of_rows = g.slack(rows, g.grad_out.load(rows), g.out.load(rows))
-        slack.store(of_rows, rows)
-        if g.dsinks is not None:
-            g.add_sinks(g.lse.load(rows), of_rows)
-        g.dq.store(torch.zeros_like(g.dq.data[..., rows, :]), rows)
+    prepare(g, slack, blocks(x.len_q, block_q))
+    zero = torch.zeros((), dtype=x.compute, device=g.dk.data.device)
     for keys in blocks(x.len_k, block_k):  # line 6
-        k, v = x.k.load(keys), x.v.load(keys)
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        for rows in blocks(x.len_q, block_q):  # line 9
-            if x.rule.none_visible(rows, keys):
-                continue
-            q, grad_out, dq = x.q.load(rows), g.grad_out.load(rows), g.dq.load(rows)
-            tile = x.rule.tile(q @ k.mT, rows, keys)  # line 11
-            p = torch.exp(tile.scores - shift(g.lse.load(rows))[..., None])  # line 12
-            dropped = x.operand(x.dropped(p, rows, keys))
-            dv = dv + g.over_group(dropped.mT @ grad_out)  # line 13
-            dp = x.dropped(grad_out @ v.mT, rows, keys)  # line 14
-            ds = p * (dp + slack.load(rows)[..., None])  # line 15
-            g.add_bias(ds, rows, keys)
-            ds = x.operand(ds if tile.slope is None else ds * tile.slope)
-            g.dq.store(dq + ds @ k * scale, rows)  # line 16
-            dk = dk + g.over_group(ds.mT @ q) * scale  # line 17
+        dk, dv = over_rows(x, g, slack, keys, blocks(x.len_q, block_q), zero, zero)
         g.dk.store(dk, keys)  # line 19
         g.dv.store(dv, keys)
 
 
-def shift(lse: torch.Tensor) -> torch.Tensor:
+def prepare(g: Backward, slack: HbmTensor, parts: Iterable[slice]) -> None:
+    """Lines 4 and 5: dLSE - D of every row, once and not once per tile; dSinks; dQ = 0."""
+    zero = torch.zeros((), dtype=g.dq.data.dtype, device=g.dq.data.device)
+    for rows in parts:
+        of_rows = g.slack(rows, g.grad_out.load(rows), g.out.load(rows))
+        slack.store(of_rows, rows)
+        if g.dsinks is not None:
+            g.add_sinks(g.lse.load(rows), of_rows)
+        g.dq.store(zero, rows)
+
+
+def over_rows(
+    x: Operands,
+    g: Backward,
+    slack: HbmTensor,
+    keys: slice,
+    parts: Iterable[slice],
+    dk: Tensor,
+    dv: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The inner loop, lines 7 to 18: what some blocks of rows add to dK, dV and, in HBM, to dQ."""
+    scale = x.problem.softmax_scale
+    k, v = x.k.load(keys), x.v.load(keys)
+    for rows in parts:  # line 9
+        if x.rule.none_visible(rows, keys):
+            continue
+        q, grad_out, dq = x.q.load(rows), g.grad_out.load(rows), g.dq.load(rows)
+        tile = x.rule.tile(q @ k.mT, rows, keys)  # line 11
+        p = torch.exp(tile.scores - shift(g.lse.load(rows))[..., None])  # line 12
+        dropped = x.operand(x.dropped(p, rows, keys))
+        dv = dv + g.over_group(dropped.mT @ grad_out)  # line 13
+        dp = x.dropped(grad_out @ v.mT, rows, keys)  # line 14
+        ds = p * (dp + slack.load(rows)[..., None])  # line 15
+        g.add_bias(ds, rows, keys)
+        ds = x.operand(ds if tile.slope is None else ds * tile.slope)
+        g.dq.store(dq + ds @ k * scale, rows)  # line 16
+        dk = dk + g.over_group(ds.mT @ q) * scale  # line 17
+    return dk, dv
+
+
+def shift(lse: Tensor) -> Tensor:
     """The LSE as something that can be subtracted: 0 for rows that saw no key."""
     return lse.masked_fill(lse == -math.inf, 0.0)
