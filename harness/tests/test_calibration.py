@@ -116,7 +116,7 @@ def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, 
     if q[0, 0, 0, 0] > 1.0:
         os._exit(3)
     if q[0, 0, 0, 0] < -1.0:
-        time.sleep(60)
+        time.sleep(100)
     return scaled_dot_product_attention(q, k, v)
 """
 
@@ -124,12 +124,12 @@ def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, 
 def test_a_kernel_that_dies_or_hangs_costs_one_problem(tmp_path: Path) -> None:
     (tmp_path / "kernel.py").write_text(NO_ANSWER)
     file = tmp_path / "measured.jsonl"
-    run = ["--kernel", f"{tmp_path / 'kernel.py'}:attend", "--workers", "2", "--timeout", "8"]
-    run += ["--problem", "b1_h1x1_q3_k5_d32_bf16", "--problems", "9", "--json", str(file)]
+    run = ["--kernel", f"{tmp_path / 'kernel.py'}:attend", "--workers", "2", "--timeout", "20"]
+    run += ["--problem", "b1_h1x1_q3_k5_d32_bf16", "--problems", "3", "--json", str(file)]
     assert main(run) == 1
     found = {m["index"]: (m["status"], str(m["reason"])) for m in lines(file)}
     problem = Problem.from_id("b1_h1x1_q3_k5_d32_bf16")
-    first = {n: make_inputs(problem.replace(seed=n)).q[0, 0, 0, 0].item() for n in range(9)}
+    first = {n: make_inputs(problem.replace(seed=n)).q[0, 0, 0, 0].item() for n in range(3)}
     died = {n for n, value in first.items() if value > 1}
     hung = {n for n, value in first.items() if value < -1}
     assert died
@@ -139,7 +139,7 @@ def test_a_kernel_that_dies_or_hangs_costs_one_problem(tmp_path: Path) -> None:
     assert {f[0] for n, f in found.items() if n not in died | hung} == {"conforms"}
     assert "exit code 3" in found[min(died)][1]
     assert main(run) == 1  # they are not tried again
-    assert len(lines(file)) == 9
+    assert len(lines(file)) == 3
 
 
 def test_the_figures_are_written_with_what_they_were_measured_on(tmp_path: Path) -> None:
