@@ -1,0 +1,43 @@
+"""Several backends at once: what is passed on, printed, and when the run fails."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+spec = importlib.util.spec_from_file_location(
+    "check_all", Path(__file__).parents[1] / "check_all.py"
+)
+check_all = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(check_all)
+
+PROGRAM = """#!/bin/sh
+echo "$@"
+echo said >&2
+case "$2" in broken) exit 2 ;; wrong) exit 1 ;; absent) exit 3 ;; esac
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    path = tmp_path / "attnproof"
+    path.write_text(PROGRAM)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_every_backend_is_judged_with_the_options(tmp_path, capsys, program):
+    names = ("good", "wrong", "absent")
+    status = check_all.main(tmp_path, dict.fromkeys(names, program), ["--dtype", "bf16"])
+    said = capsys.readouterr().out
+    assert status == 0
+    for name in names:
+        assert f"check {name} --workers 1 --json {tmp_path / name}.json --dtype bf16" in said
+    assert "3 of 3 backends" in said
+
+
+def test_a_run_without_a_verdict_fails_and_is_named(tmp_path, capsys, program):
+    assert check_all.main(tmp_path, dict.fromkeys(("good", "broken"), program), []) == 1
+    said = capsys.readouterr()
+    assert "said" in said.out
+    assert "no verdict: broken (exit status 2)" in said.err
