@@ -94,7 +94,9 @@ class Environment:
         """Run a program of this environment."""
         path = os.pathsep.join([str(self.bin), os.environ.get("PATH", "")])
         words = [str(argument) for argument in arguments]
-        self.session.run(str(self.bin / program), *words, env={"PATH": path}, **options)
+        # Nothing was compiled at installation: what is imported must be kept compiled.
+        env = {"PATH": path, "PYTHONDONTWRITEBYTECODE": None}
+        self.session.run(str(self.bin / program), *words, env=env, **options)
 
 
 @nox.session(venv_backend="none")

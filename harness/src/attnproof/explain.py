@@ -20,6 +20,7 @@ from .budget.expected import Expected, compare
 from .computation import Computation, ComputationError, load_computation, save_computation
 from .judge.form import Given, given
 from .judge.judging import DROPOUT_UNSEEN, compare_values, looser_profile
+from .position import position
 from .verdict import Status, Verdict
 
 __all__ = [
@@ -148,7 +149,7 @@ def _account(name: str, expected: Expected, actual: Tensor, eager: float | None)
             expected=0.0, bound=0.0, shares={},
         )  # fmt: skip
     flat = comparison.ratio.flatten().argmax()
-    index = tuple(int(x) for x in torch.unravel_index(flat, comparison.ratio.shape))
+    index = position(flat, comparison.ratio.shape)
     bound = expected.bound[index].item()
     found = {term: tensor[index].item() for term, tensor in expected.terms.items()}
     shares = {

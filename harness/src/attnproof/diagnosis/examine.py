@@ -25,6 +25,7 @@ from ..budget.expectation import expectation
 from ..judge.form import given
 from ..judge.judging import declared_empty_rows
 from ..plan import CallResult
+from ..position import position
 from . import (  # noqa: F401  (their functions register themselves)
     calls,
     gradients,
@@ -238,7 +239,7 @@ def _region(problem: Problem, inputs: Inputs, tensors: Sequence[Compared]) -> _R
     if problem.packed is not None or any(t.name not in (*FORWARD, "dq") for t in tensors):
         return None
     off = tensors[0].off.masked_fill(~tensors[0].bad, 0.0)
-    worst, _, row = (int(x) for x in torch.unravel_index(off.argmax(), off.shape))
+    worst, _, row = position(off.argmax(), off.shape)
     start = max(0, row - ROWS_SHOWN // 2)
     part = slice(start, min(off.shape[2], start + ROWS_SHOWN))
     looked = torch.zeros(off.shape[0], 1, off.shape[2], dtype=torch.bool)

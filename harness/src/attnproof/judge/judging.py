@@ -21,6 +21,7 @@ from ..backend import Capabilities
 from ..budget.expectation import Expected, expectation
 from ..budget.expected import Comparison, compare
 from ..plan import CallResult
+from ..position import position
 from ..verdict import Finding, Status, Verdict
 from .form import Given, canonical_lse, complaints, given
 from .statistics import Statistic, statistics
@@ -175,7 +176,7 @@ def _finding(
     # Where the ratio is the same (infinite), the largest error is the worst.
     largest = ratio.max()
     flat = size.masked_fill(ratio < largest, -1.0).flatten().argmax()
-    index = tuple(int(x) for x in torch.unravel_index(flat, ratio.shape))
+    index = position(flat, ratio.shape)
     count, elements = int(broken.sum()), broken.numel()
     value, bound = expected.value[index].item(), expected.bound[index].item()
     margin = f" ± {bound:.3g}" if math.isfinite(bound) and bound > 0 else ""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..budget.expected import Expected
+from ..position import position
 
 # Chance that an honest kernel exceeds one of the three limits on one problem.
 FALSE_ALARM = 1e-7
@@ -69,7 +70,7 @@ def statistics(expected: Expected, actual: Tensor) -> list[Statistic]:
             rule="max statistic",
             value=single.max().item(),
             limit=largest_normal(count * z.shape[-1]) * INFLATION,
-            index=_unravel(highest, single.shape),
+            index=position(highest, single.shape),
         ),
         Statistic(
             name="z_global",
@@ -111,9 +112,5 @@ def _largest_row(
     return (
         rms.flatten()[worst].item(),
         limit.flatten()[worst].item(),
-        _unravel(worst, rms.shape),
+        position(worst, rms.shape),
     )
-
-
-def _unravel(flat: Tensor, shape: torch.Size) -> tuple[int, ...]:
-    return tuple(int(x) for x in torch.unravel_index(flat, shape))
