@@ -1,0 +1,131 @@
+"""Where this package meets the harness: V1 and V2 as backends, interpreted on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from attn_reference.inputs import Attention, Inputs
+from attn_reference.precision import FLASH, Precision
+from attn_reference.problem import FEATURES, GRADIENT_NAMES, Problem
+from attnproof.backend import Capabilities
+
+from . import interpreter
+
+# Relative errors beyond fp32 rounding, as measured on an H100 (tests/test_precision.py).
+TANH_ERROR = {"cpu": 2.0**-23, "cuda": 2.0**-22}
+
+
+@dataclass(frozen=True)
+class TritonBackend:
+    """One version of FlashAttention, on a GPU, or on the CPU through Triton's interpreter."""
+
+    name: str
+    capabilities: Capabilities
+
+    def precision(self, device: str) -> Precision:
+        """A fused kernel: everything in fp32, P and dS cast to the dtype of the inputs."""
+        return replace(FLASH, name=self.name, tanh_error=TANH_ERROR[device])
+
+    def availability(self, device: str) -> str | None:
+        """None when it can run on 'cpu' or 'cuda' here, else the reason.
+
+        Whether this process interprets kernels or compiles them is decided here.
+        """
+        if device == "cpu":
+            try:
+                interpreter.enable()
+            except RuntimeError as error:
+                return str(error)
+        elif not torch.cuda.is_available():
+            return "torch finds no CUDA device here"
+        elif interpreter.enabled():
+            return f"{interpreter.VARIABLE} is set: Triton interprets its kernels on the CPU"
+        return None
+
+    def attention(self, inputs: Inputs, problem: Problem) -> Attention:
+        """out, lse and, with dropout, the keep_mask."""
+        arguments: dict[str, Any] = {"scale": problem.scale, "causal": problem.causal}
+        arguments["return_lse"] = True
+        if self.name == "triton-v1":
+            from .v1 import attention as v1
+
+            out, lse = v1(inputs.q, inputs.k, inputs.v, **arguments)
+            return Attention(out=out, lse=lse)
+        from .v2 import attention as v2
+
+        found = v2(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            **arguments,
+            **_v2_arguments(inputs, problem),
+            return_keep_mask=True,
+        )
+        out, lse, keep_mask = found
+        return Attention(out=out, lse=lse, keep_mask=keep_mask)
+
+
+def _v2_arguments(inputs: Inputs, problem: Problem) -> dict[str, Any]:
+    """What V2 takes besides; lengths that only the problem has become tensors."""
+
+    def lengths(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=inputs.q.device)
+
+    arguments: dict[str, Any] = {
+        "window": problem.window,
+        "softcap": problem.softcap,
+        "alibi_slopes": inputs.alibi_slopes,
+        "mask": inputs.mask,
+        "bias": inputs.bias,
+        "sinks": inputs.sinks,
+        "dropout_p": problem.dropout,
+        "page_table": inputs.page_table,
+    }
+    key_lengths = inputs.key_lengths
+    if key_lengths is None and inputs.page_table is not None:
+        key_lengths = lengths([problem.keys] * problem.batch)
+    arguments["key_lengths"] = key_lengths
+    if problem.packed is not None:
+        arguments |= {
+            "cu_seqlens_q": inputs.cu_seqlens_q,
+            "cu_seqlens_k": inputs.cu_seqlens_k,
+            "max_seqlen_q": problem.seqlen_q,
+            "max_seqlen_k": problem.keys,
+        }
+    return arguments
+
+
+V1_FEATURES = frozenset(
+    {
+        "causal top-left",
+        "causal bottom-right",
+        "scale",
+        "gqa",
+        "head_dim_v",
+        "gradients",
+        "lse gradient",
+    }
+)
+triton_v1 = TritonBackend(
+    "triton-v1",
+    Capabilities(
+        features=V1_FEATURES,
+        head_dim_max=256,
+        returns_lse=True,
+        notes=("FlashAttention V1 in Triton: blocks of keys outside, blocks of queries inside",),
+    ),
+)
+triton_v2 = TritonBackend(
+    "triton-v2",
+    Capabilities(
+        features=frozenset(FEATURES),
+        gradients=GRADIENT_NAMES,
+        head_dim_max=256,
+        returns_lse=True,
+        keep_mask=True,
+        notes=("FlashAttention V2 in Triton: blocks of queries outside, one rescale",),
+    ),
+)

@@ -1,0 +1,328 @@
+"""The launches that V2 is made of, for one call: which kernels, over which grid, with what.
+
+Nothing here runs a kernel: the same launches run on a GPU, are interpreted and counted, and are
+compiled for a GPU that is not there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tiles as choose
+from .arguments import Arguments
+from .kernels.dropout import NO_DROPOUT, Dropout, keep_mask
+from .kernels.scores import Rule
+from .kernels.sequences import Sequences
+from .kernels.tensors import matrix, vector
+from .kernels.v2_backward import delta, keys_and_values, queries
+from .kernels.v2_bias_gradient import bias_gradient
+from .kernels.v2_combine import combine
+from .kernels.v2_forward import Shape, forward
+from .launch import Launch, Result
+from .tiles import Tiles, padded
+
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Launches:
+    """The launches of one call. ``seed``: of dropout, int64 (1,), on the device of q."""
+
+    x: Arguments
+    seed: Tensor | None = None
+
+    def forward(self, tiles: Tiles | None = None, splits: int | None = None) -> Result:
+        """out (B, Hq, Sq, Dv) in the dtype of q, and lse (B, Hq, Sq) fp32."""
+        x = self.x
+        pack = choose.packed_heads(x.group, x.seqlen_q)
+        rows = x.seqlen_q * pack
+        tiles = tiles or choose.forward_tiles(self._kind, rows, x.seqlen_k)
+        blocks = _ceil(rows, tiles.block_m)
+        programs = blocks * (x.heads_q // pack) * x.batches
+        if splits is None:
+            splits = choose.splits(programs, x.seqlen_k, x.q.device)
+        batch, heads, length, _ = x.q.shape
+        shape = (batch, heads, length, x.head_dim_v)
+        out, lse = x.q.new_empty(shape), x.q.new_empty(shape[:-1], dtype=torch.float32)
+        if x.cu_seqlens_q is not None:  # rows behind the last sequence see no key
+            out.zero_()
+            lse.fill_(-torch.inf)
+        found, found_lse = out, lse
+        if splits > 1:
+            found = out.new_empty((splits * batch, *shape[1:]), dtype=torch.float32)
+            found_lse = lse.new_empty((splits * batch, *shape[1:-1]))
+        launches = [
+            self._launch(
+                forward,
+                programs * splits,
+                tiles,
+                {
+                    "q": matrix(x.q),
+                    "k": matrix(x.k),
+                    "v": matrix(x.v),
+                    "out": matrix(found),
+                    "lse": vector(found_lse),
+                    "sinks": x.sinks,
+                    "heads": heads // pack,
+                    "blocks": blocks,
+                    "batches": x.batches,
+                    "entries": batch,
+                    "splits": splits if splits > 1 else None,
+                },
+                pack,
+            )
+        ]
+        if splits > 1:
+            launches.append(_combine(found, found_lse, out, lse, splits))
+        return Result(launches=launches, tensors={"out": out, "lse": lse})
+
+    def backward(
+        self,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        wanted: set[str],
+        tiles: Tiles | None = None,
+    ) -> Result:
+        """Those gradients of q, k, v and bias that are ``wanted``, each in the dtype of its tensor,
+        and ``delta``, rowsum(dO * O) - dLSE, (B, Hq, Sq) fp32."""
+        x = self.x
+        deltas = torch.empty_like(lse)
+        launches = [_delta(out, grad_out, grad_lse, deltas)]
+        tensors = {"delta": deltas}
+        saved: dict[str, Any] = {
+            "q": matrix(x.q),
+            "k": matrix(x.k),
+            "v": matrix(x.v),
+            "grad_out": matrix(grad_out),
+            "lse": vector(lse),
+            "deltas": vector(deltas),
+        }
+        lengths, packed = (x.seqlen_q, x.seqlen_k), x.cu_seqlens_q is not None
+        if wanted & {"k", "v"}:
+            # Keys beyond their lengths are not read, and get 0.
+            new = torch.empty_like if x.key_lengths is None and not packed else torch.zeros_like
+            grad_k, grad_v = new(x.k), new(x.v)
+            chosen = tiles or choose.keys_tiles(self._kind, *lengths)
+            blocks = _ceil(x.seqlen_k, chosen.block_n)
+            own: dict[str, Any] = {"grad_k": matrix(grad_k), "grad_v": matrix(grad_v)}
+            own |= {"heads": x.heads_kv, "blocks": blocks}
+            grid = blocks * x.heads_kv * x.batches
+            launches.append(self._launch(keys_and_values, grid, chosen, saved | own))
+            tensors |= {"k": grad_k, "v": grad_v}
+        if "q" in wanted:
+            grad_q = (torch.zeros_like if packed else torch.empty_like)(x.q)
+            chosen = tiles or choose.queries_tiles(self._kind, *lengths)
+            blocks = _ceil(x.seqlen_q, chosen.block_m)
+            own = {"grad_q": matrix(grad_q), "heads": x.heads_q, "blocks": blocks}
+            grid = blocks * x.heads_q * x.batches
+            launches.append(self._launch(queries, grid, chosen, saved | own))
+            tensors["q"] = grad_q
+        if "bias" in wanted:
+            assert x.bias is not None
+            chosen = tiles or choose.bias_tiles(self._kind, *lengths)
+            grad_bias = torch.zeros_like(x.bias)
+            launches.append(self._bias_gradient(grad_bias, chosen, saved))
+            tensors["bias"] = grad_bias
+        return Result(launches=launches, tensors=tensors)
+
+    def keep_mask(self) -> Result:
+        """What dropout keeps, ``keep_mask``, bool (B, Hq, Sq, Sk)."""
+        x = self.x
+        keys = x.k.shape[2] if x.page_table is None else x.seqlen_k
+        kept = x.q.new_zeros((x.q.shape[0], x.heads_q, x.q.shape[2], keys), dtype=torch.bool)
+        tiles = choose.elementwise_tiles(x.seqlen_q, x.seqlen_k)
+        blocks_q, blocks_k = _ceil(x.seqlen_q, tiles.block_m), _ceil(x.seqlen_k, tiles.block_n)
+        launch = Launch(
+            kernel=keep_mask,
+            grid=(blocks_k * blocks_q * x.heads_q * x.batches,),
+            arguments={
+                "out": matrix(kept),
+                "sequences": self._sequences,
+                "dropout": self._dropout,
+                "seqlen_q": x.seqlen_q,
+                "seqlen_k": x.seqlen_k,
+                "heads": x.heads_q,
+                "blocks_q": blocks_q,
+                "blocks_k": blocks_k,
+                "BLOCK_M": tiles.block_m,
+                "BLOCK_N": tiles.block_n,
+            },
+            options=tiles.options,
+        )
+        return Result(launches=[launch], tensors={"keep_mask": kept})
+
+    def _bias_gradient(self, grad_bias: Tensor, tiles: Tiles, saved: dict[str, Any]) -> Launch:
+        x = self.x
+        over_batches, over_heads, over_queries, over_keys = (size == 1 for size in grad_bias.shape)
+        if x.cu_seqlens_q is not None:
+            # Sequences lie along queries and keys: they share an element only where both are one.
+            over_batches = over_queries and over_keys
+        blocks_q, blocks_k = _ceil(x.seqlen_q, tiles.block_m), _ceil(x.seqlen_k, tiles.block_n)
+        parts = (
+            (over_batches, x.batches),
+            (over_heads, x.heads_q),
+            (over_queries, blocks_q),
+            (over_keys, blocks_k),
+        )
+        grid = math.prod(1 if over else count for over, count in parts)
+        own = {
+            "grad_bias": matrix(grad_bias),
+            "heads": x.heads_q,
+            "batches": x.batches,
+            "blocks_q": blocks_q,
+            "blocks_k": blocks_k,
+            "OVER_BATCHES": over_batches,
+            "OVER_HEADS": over_heads,
+            "OVER_QUERIES": over_queries,
+            "OVER_KEYS": over_keys,
+        }
+        return self._launch(bias_gradient, grid, tiles, saved | own)
+
+    def _launch(
+        self, kernel: Any, programs: int, tiles: Tiles, arguments: dict[str, Any], pack: int = 1
+    ) -> Launch:
+        """A launch of a kernel that computes scores: what all of them take joins ``arguments``."""
+        x = self.x
+        return Launch(
+            kernel=kernel,
+            grid=(programs,),
+            arguments={
+                **arguments,
+                "rule": self._rule,
+                "sequences": self._sequences,
+                "dropout": self._dropout,
+                "seqlen_q": x.seqlen_q,
+                "seqlen_k": x.seqlen_k,
+                "shape": self._shape(tiles, pack),
+                "MASK_RULE": x.mask_rule,
+            },
+            options=tiles.options,
+        )
+
+    def _shape(self, tiles: Tiles, pack: int) -> Shape:
+        x = self.x
+        return Shape(
+            head_dim=x.head_dim,
+            head_dim_v=x.head_dim_v,
+            padded_dim=padded(x.head_dim),
+            padded_dim_v=padded(x.head_dim_v),
+            group=x.group,
+            pack=pack,
+            page_size=x.page_size,
+            bottom_right=x.causal != "top-left",
+            hidden_anywhere=not (x.mask is x.bias is x.mask_rule is None),
+            folded=self._folded,
+            products=choose.PRODUCTS,
+            block_m=tiles.block_m,
+            block_n=tiles.block_n,
+            rule_key=getattr(x.mask_rule, "cache_key", None),
+        )
+
+    @property
+    def _kind(self) -> choose.Kind:
+        x = self.x
+        return choose.Kind(
+            device=x.q.device,
+            itemsize=x.q.element_size(),
+            padded_dim=max(padded(x.head_dim), padded(x.head_dim_v)),
+            elementwise=not (x.mask is x.bias is None),
+        )
+
+    @cached_property
+    def _folded(self) -> bool:
+        """Whether scores are compared before they are scaled: the maximum of q·k is then that of
+        the scores, if the scale is positive."""
+        x = self.x
+        return not x.softcap and x.bias is None and x.alibi_slopes is None and x.softmax_scale > 0
+
+    @cached_property
+    def _rule(self) -> Rule:
+        x = self.x
+        left, right = x.band
+        return Rule(
+            scale=x.softmax_scale,
+            unit=LOG2_E * x.softmax_scale if self._folded else LOG2_E,
+            softcap=x.softcap or None,
+            alibi_slopes=x.alibi_slopes,
+            bias=matrix(x.bias),
+            mask=matrix(x.mask),
+            left=left,
+            right=right,
+        )
+
+    @cached_property
+    def _sequences(self) -> Sequences:
+        x = self.x
+        return Sequences(
+            key_lengths=x.key_lengths,
+            cu_seqlens_q=x.cu_seqlens_q,
+            cu_seqlens_k=x.cu_seqlens_k,
+            page_table=x.page_table,
+            page_table_row=None if x.page_table is None else x.page_table.stride(0),
+        )
+
+    @cached_property
+    def _dropout(self) -> Dropout:
+        if not self.x.dropout_p:
+            return NO_DROPOUT
+        return Dropout(
+            seed=self.seed,
+            threshold=round(self.x.dropout_p * 2**32),
+            factor=1.0 / (1.0 - self.x.dropout_p),
+        )
+
+
+def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, deltas: Tensor) -> Launch:
+    batch, heads, rows, width = out.shape
+    tiles = choose.rows_tiles(rows)
+    blocks = _ceil(rows, tiles.block_m)
+    return Launch(
+        kernel=delta,
+        grid=(blocks * heads * batch,),
+        arguments={
+            "out": matrix(out),
+            "grad_out": matrix(grad_out),
+            "grad_lse": vector(grad_lse),
+            "result": vector(deltas),
+            "rows": rows,
+            "heads": heads,
+            "blocks": blocks,
+            "WIDTH": width,
+            "PADDED": padded(width),
+            "BLOCK": tiles.block_m,
+        },
+        options=tiles.options,
+    )
+
+
+def _combine(found: Tensor, found_lse: Tensor, out: Tensor, lse: Tensor, splits: int) -> Launch:
+    width = out.shape[-1]
+    tiles = choose.rows_tiles(lse.numel())
+    return Launch(
+        kernel=combine,
+        grid=(_ceil(lse.numel(), tiles.block_m),),
+        arguments={
+            "partial_out": found,
+            "partial_lse": found_lse,
+            "out": out,
+            "lse": lse,
+            "rows": lse.numel(),
+            "splits": splits,
+            "WIDTH": width,
+            "PADDED": padded(width),
+            "BLOCK": tiles.block_m,
+        },
+        options=tiles.options,
+    )
+
+
+def _ceil(count: int, size: int) -> int:
+    return -(-count // size)

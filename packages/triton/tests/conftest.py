@@ -1,0 +1,5 @@
+"""Kernels are interpreted in these tests: to be said before anything imports Triton."""
+
+from triton_attention import interpreter
+
+interpreter.enable()
