@@ -128,6 +128,21 @@ def judge(session: nox.Session, name: str, distribution: Path, success_codes: li
     Environment(session, distribution).run("attnproof", *words, success_codes=success_codes)
 
 
+@nox.session(venv_backend="none", default=False)
+def gpu(session: nox.Session) -> None:
+    """Judge every backend that the GPU can run, and test its kernels there.
+
+    In the environment that is active, not in one of nox: it has torch with CUDA, and the
+    distributions of this repository installed. What follows -- are parts of tools/gpu.sh.
+    """
+    found = session.run(
+        "python", "-c", "import torch; print(torch.cuda.is_available())", silent=True, external=True
+    )
+    if str(found).strip() != "True":
+        session.error("torch finds no CUDA device here, or is not installed in this environment")
+    session.run("bash", "tools/gpu.sh", str(RESULTS), *session.posargs, external=True)
+
+
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Run the unit tests, all but the slow ones; what follows -- goes to pytest in their place."""

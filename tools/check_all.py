@@ -1,22 +1,27 @@
-"""Judge several backends beside each other, one on each core.
+"""Judge several backends, side by side on the cores of this machine.
 
-Usage: python tools/check_all.py FOLDER NAME=PROGRAM... [-- OPTION...]
+Usage: python tools/check_all.py FOLDER [NAME=PROGRAM...] [--together N] [-- OPTION...]
 
-PROGRAM is the ``attnproof`` of the environment that NAME is installed in. Results go to
-FOLDER/NAME.json, what a run prints is printed when it ends, and OPTIONs go to every run. One run
-after the other would start, and wait for its slowest case, as often with every core but one idle.
-The exit status is 1 when a run ended otherwise than with a verdict.
+PROGRAM is the ``attnproof`` of the environment that NAME is installed in; without any, all that are
+registered in this environment are judged. Results go to FOLDER/NAME.json, what a run prints is
+printed when it ends, and OPTIONs go to every run. N runs go on at a time, one per core unless
+given, and share the cores: one run after the other would start, and wait for its slowest case, as
+often with every core but one idle. The exit status is 1 when a run ended otherwise than with a
+verdict.
 """
 
+import argparse
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import entry_points
 from pathlib import Path
 
 VERDICTS = (0, 1, 3)  # conforms, does not, nothing could be judged
+ATTNPROOF = Path(sys.executable).parent / "attnproof"
 
 
 def cores() -> int:
@@ -26,10 +31,13 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def check(folder: Path, name: str, program: str, options: Sequence[str]) -> tuple[int, str, float]:
+def check(
+    folder: Path, name: str, program: str, workers: int, options: Sequence[str]
+) -> tuple[int, str, float]:
     """Exit status, what was printed, and seconds of one run."""
     start = time.monotonic()
-    words = [program, "check", name, "--workers", "1", "--json", str(folder / f"{name}.json")]
+    words = [program, "check", name, "--json", str(folder / f"{name}.json")]
+    words += ["--workers", str(workers)]
     # One thread each: the runs share the cores out among themselves.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run([*words, *options], capture_output=True, text=True, env=environment)
@@ -37,12 +45,13 @@ def check(folder: Path, name: str, program: str, options: Sequence[str]) -> tupl
     return run.returncode, run.stdout + errors, time.monotonic() - start
 
 
-def main(folder: Path, programs: dict[str, str], options: Sequence[str]) -> int:
+def main(folder: Path, programs: dict[str, str], together: int, options: Sequence[str]) -> int:
     """Judge them all."""
     broken = []
-    with ThreadPoolExecutor(cores()) as pool:
+    workers = max(1, cores() // together)
+    with ThreadPoolExecutor(together) as pool:
         runs = {
-            pool.submit(check, folder, name, program, options): name
+            pool.submit(check, folder, name, program, workers, options): name
             for name, program in programs.items()
         }
         for number, run in enumerate(as_completed(runs), 1):
@@ -57,11 +66,27 @@ def main(folder: Path, programs: dict[str, str], options: Sequence[str]) -> int:
     return int(bool(broken))
 
 
-if __name__ == "__main__":
-    words, options = sys.argv[1:], []
+def parse(words: Sequence[str]) -> tuple[Path, dict[str, str], int, Sequence[str]]:
+    """What is written on the command line."""
+    options: Sequence[str] = ()
     if "--" in words:
         at = words.index("--")
         words, options = words[:at], words[at + 1 :]
-    if len(words) < 2 or not all("=" in word for word in words[1:]):
-        sys.exit(__doc__)
-    sys.exit(main(Path(words[0]), dict(word.split("=", 1) for word in words[1:]), options))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("programs", nargs="*", metavar="NAME=PROGRAM")
+    parser.add_argument("--together", type=int, default=cores(), metavar="N")
+    given = parser.parse_args(words)
+    if given.together < 1 or not all("=" in program for program in given.programs):
+        parser.error("accepted are NAME=PROGRAM, and --together with 1 or more")
+    programs = dict(program.split("=", 1) for program in given.programs)
+    if not programs:
+        names = sorted(point.name for point in entry_points(group="attnproof.backends"))
+        programs = dict.fromkeys(names, str(ATTNPROOF))
+    return given.folder, programs, given.together, options
+
+
+if __name__ == "__main__":
+    sys.exit(main(*parse(sys.argv[1:])))

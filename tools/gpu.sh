@@ -1,41 +1,62 @@
 #!/usr/bin/env bash
-# All of the GPU work of the current change, on a machine with an NVIDIA GPU, in one go.
+# All of the GPU work of a change, on a machine with an NVIDIA GPU, in one go.
 #
-#   tools/gpu.sh RESULTS [PROBLEMS [PARTS]]
+#   tools/gpu.sh RESULTS [PART...]
 #
-# Needs torch with CUDA, and attnproof and attnproof-reference installed. ATTNPROOF_COMMIT names the
-# commit where there is no git checkout. Writes everything under RESULTS as it comes (a calibration
-# goes on from what lies there) and prints a short table last:
-# 1. conformance on the GPU of the backends that it can run;
-# 2. the error budget on torch's CUDA kernels, PROBLEMS random problems per kernel and dtype;
-# 3. the same on torch's CPU kernels, with every instruction set that torch offers.
-# PARTS is "checks cuda cpu", which are these three, or some of them.
+# Needs torch with CUDA, pytest, and the distributions of this repository installed. Writes everything
+# under RESULTS as it comes (checks and calibrations go on from what lies there) and prints a short
+# table last. PARTs, all but the calibrations unless named:
+#   checks     judge every backend that the GPU can run; BACKENDS names some, LEVEL=full judges more
+#   tests      the tests of the Triton kernels that need a GPU: precision, 250 repeats under load
+#   sanitize   compute-sanitizer (memcheck, initcheck, racecheck) on a cover of the Triton kernels
+#   cuda, cpu  calibrate the error budget on torch's kernels, PROBLEMS random problems each
+# ATTNPROOF_COMMIT names the commit where there is no git checkout, SECONDS_EACH limits a part.
 set -u
-results=${1:?"usage: tools/gpu.sh RESULTS [PROBLEMS [PARTS]]"}
-problems=${2:-1000}
-parts=${3:-checks cuda cpu}
-mkdir -p "$results"
+results=$(mkdir -p "${1:?"usage: tools/gpu.sh RESULTS [PART...]"}" && cd "$1" && pwd)
+shift
+cd "$(dirname "$0")/.."
+parts=("${@:-checks}")
+[[ $# -gt 0 ]] || parts=(checks tests sanitize)
+problems=${PROBLEMS:-1000}
+limit=${SECONDS_EACH:-3000}
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+
+checks() {
+  local names=() name together=${TOGETHER:-3}
+  for name in ${BACKENDS:-}; do names+=("$name=$(command -v attnproof)"); done
+  timeout "$limit" python3 tools/check_all.py "$results" "${names[@]}" --together "$together" -- \
+    --device cuda --level "${LEVEL:-quick}" --resume >"$results/checks.txt" 2>&1 ||
+    echo "checks: exit status $?"
+}
+
+tests() {
+  # Outside of the checkout, whose settings ask for plugins that need not be here.
+  timeout "$limit" python3 -m pytest -q -rf -p no:cacheprovider -c /dev/null --import-mode=importlib \
+    --rootdir=packages/triton/tests packages/triton/tests/test_{precision,repeats}.py \
+    >"$results/tests.txt" 2>&1 || echo "tests: exit status $?"
+}
+
+sanitize() {
+  local tool
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  for tool in memcheck initcheck; do
+    compute-sanitizer --tool "$tool" --error-exitcode 9 python3 tools/sanitize.py --planted \
+      >"$results/planted-$tool.txt" 2>&1
+    [[ $? == 9 ]] || echo "sanitize: $tool did not find what was planted"
+  done
+  for tool in memcheck initcheck racecheck; do
+    timeout "$limit" compute-sanitizer --tool "$tool" --error-exitcode 9 python3 tools/sanitize.py \
+      >"$results/sanitize-$tool.txt" 2>&1 &
+  done
+  wait
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+}
 
 calibrate() { # DEVICE KERNEL WORKERS INSTRUCTION_SET|"" PROBLEMS
   local name="$1-$2${4:+-$4}"
-  ${4:+env ATEN_CPU_CAPABILITY="$4"} timeout 480 python3 -m attnproof.calibration --device "$1" --kernel "$2" \
-    --problems "$5" --workers "$3" --timeout 100 --json "$results/$name.jsonl" \
+  ${4:+env ATEN_CPU_CAPABILITY="$4"} timeout "$limit" python3 -m attnproof.calibration --device "$1" \
+    --kernel "$2" --problems "$5" --workers "$3" --timeout 100 --json "$results/$name.jsonl" \
     >"$results/$name.txt" 2>"$results/$name.err" || echo "calibration $name: exit status $?"
-}
-
-check() { # BACKEND
-  attnproof check "$1" --device cuda --workers 2 --json "$results/check-$1.json" \
-    >"$results/check-$1.txt" 2>&1 || echo "check $1: exit status $?"
-}
-
-checks() {
-  local backend
-  for backend in reference eager standard two-pass one-pass tiled-v1 tiled-v2 split-kv ring; do
-    check "$backend" &
-  done
-  wait
-  tail -qn 1 "$results"/check-*.txt
 }
 
 cuda() {
@@ -58,13 +79,20 @@ cpu() {
 }
 
 attnproof doctor --json >"$results/doctor.json"
-for part in $parts; do
+for part in "${parts[@]}"; do
   "$part"
 done
 
-for device in cuda cpu; do
-  [[ " $parts " == *" $device "* ]] || continue
-  python3 -m attnproof.calibration --summary "$results/$device"-*.jsonl \
-    --write "$results/calibration-$device.json" >"$results/summary-$device.txt"
-  sed '/^$/q' "$results/summary-$device.txt"
+for part in "${parts[@]}"; do
+  case $part in
+  checks) python3 tools/backend_table.py "$results" --by chapter ;;
+  tests) tail -n 1 "$results/tests.txt" ;;
+  sanitize) grep -H "ERROR SUMMARY\|RACECHECK SUMMARY\|calls of" "$results"/{planted,sanitize}-*.txt |
+    sed "s#^$results/##" ;;
+  cuda | cpu)
+    python3 -m attnproof.calibration --summary "$results/$part"-*.jsonl \
+      --write "$results/calibration-$part.json" >"$results/summary-$part.txt"
+    sed '/^$/q' "$results/summary-$part.txt"
+    ;;
+  esac
 done

@@ -28,16 +28,34 @@ def program(tmp_path):
 
 def test_every_backend_is_judged_with_the_options(tmp_path, capsys, program):
     names = ("good", "wrong", "absent")
-    status = check_all.main(tmp_path, dict.fromkeys(names, program), ["--dtype", "bf16"])
+    status = check_all.main(tmp_path, dict.fromkeys(names, program), 3, ["--dtype", "bf16"])
     said = capsys.readouterr().out
     assert status == 0
     for name in names:
-        assert f"check {name} --workers 1 --json {tmp_path / name}.json --dtype bf16" in said
+        shared = max(1, check_all.cores() // 3)
+        words = f"check {name} --json {tmp_path / name}.json --workers {shared} --dtype bf16"
+        assert words in said
     assert "3 of 3 backends" in said
 
 
 def test_a_run_without_a_verdict_fails_and_is_named(tmp_path, capsys, program):
-    assert check_all.main(tmp_path, dict.fromkeys(("good", "broken"), program), []) == 1
+    assert check_all.main(tmp_path, dict.fromkeys(("good", "broken"), program), 2, []) == 1
     said = capsys.readouterr()
     assert "said" in said.out
     assert "no verdict: broken (exit status 2)" in said.err
+
+
+def test_all_that_are_registered_unless_named():
+    folder, programs, together, options = check_all.parse(["results", "--", "--level", "full"])
+    assert (folder, together, options) == (Path("results"), check_all.cores(), ["--level", "full"])
+    assert {"sdpa", "triton-v2"} <= programs.keys()
+    _, programs, together, options = check_all.parse(["results", "one=a", "--together", "4"])
+    assert (programs, together, list(options)) == ({"one": "a"}, 4, [])
+
+
+@pytest.mark.parametrize("words", [["results", "sdpa"], ["results", "--together", "0"], []])
+def test_wrong_words_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        check_all.parse(words)
+    assert ended.value.code == 2
+    assert "usage" in capsys.readouterr().err

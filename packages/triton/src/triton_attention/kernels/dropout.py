@@ -19,6 +19,7 @@ class Dropout(NamedTuple):
     factor: Any  # 1 / (1 - p)
 
 
+SIZES = ["seqlen_q", "seqlen_k", "heads", "blocks_q", "blocks_k"]
 NO_DROPOUT = Dropout(None, None, None)
 
 
@@ -41,7 +42,7 @@ def dropped(probabilities, i, j, head, place, dropout):
     return tl.where(kept(i, j, head, place, dropout), probabilities * dropout.factor, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def keep_mask(
     out,
     sequences,

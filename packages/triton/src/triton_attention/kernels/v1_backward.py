@@ -12,7 +12,7 @@ from .tensors import at, load_rows, store_rows
 from .v1_forward import finite, scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "heads"])
 def backward(
     q, k, v, out, l, m, grad_out, grad_lse, grad_q, grad_k, grad_v,
     scale, seqlen_q, seqlen_k, diagonal, heads,

@@ -20,7 +20,7 @@ def scores(products, i, j, diagonal, seqlen_q, seqlen_k, scale, CAUSAL: tl.const
     return tl.where(seen, products * scale, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "heads"])
 def forward(
     q, k, v, out, l, m, scale, seqlen_q, seqlen_k, diagonal, heads,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, PRODUCTS: tl.constexpr,

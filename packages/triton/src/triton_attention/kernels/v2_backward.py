@@ -15,9 +15,10 @@ from .sequences import key_offsets, keys_at, locate, pages_of
 from .tensors import at, load_rows, store_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+SIZES = ["seqlen_q", "seqlen_k", "heads", "blocks"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "heads", "blocks"])
 def delta(
     out, grad_out, grad_lse, result, rows, heads, blocks,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
@@ -42,7 +43,7 @@ def delta(
     tl.store(at(result, entry, head) + wide * result.row, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def keys_and_values(
     q, k, v, grad_out, lse, deltas, grad_k, grad_v, rule, sequences, dropout,
     seqlen_q, seqlen_k, heads, blocks, shape: tl.constexpr, MASK_RULE: tl.constexpr,
@@ -160,7 +161,7 @@ def of_rows(lse, deltas, place, head, wide, inside):
     return tl.where(row_lse == float("-inf"), 0.0, row_lse * LOG2_E), row_delta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def queries(
     q, k, v, grad_out, lse, deltas, grad_q, rule, sequences, dropout,
     seqlen_q, seqlen_k, heads, blocks, shape: tl.constexpr, MASK_RULE: tl.constexpr,

@@ -13,8 +13,10 @@ from .sequences import key_offsets, keys_at, locate, pages_of
 from .tensors import at, load_rows
 from .v2_backward import of_rows
 
+SIZES = ["seqlen_q", "seqlen_k", "heads", "batches", "blocks_q", "blocks_k"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=SIZES)
 def bias_gradient(
     q, k, v, grad_out, lse, deltas, grad_bias, rule, sequences, dropout,
     seqlen_q, seqlen_k, heads, batches, blocks_q, blocks_k,

@@ -12,7 +12,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def combine(
     partial_out, partial_lse, out, lse, rows, splits,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,

@@ -25,6 +25,8 @@ from .tensors import at, load_rows, store_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# What does not make code better when it is known to be 1 or a multiple of 16.
+SIZES = ["seqlen_q", "seqlen_k", "heads", "blocks", "batches", "entries", "splits"]
 
 
 class Shape(NamedTuple):
@@ -46,7 +48,7 @@ class Shape(NamedTuple):
     rule_key: str | None  # tells mask rules of one name apart
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward(
     q, k, v, out, lse, rule, sinks, sequences, dropout,
     seqlen_q, seqlen_k, heads, blocks, batches, entries, splits,
