@@ -47,10 +47,12 @@ def check(
     signature: Signature = None,
     precision: PrecisionName = None,
     device: Device = "auto",
-    level: Annotated[str, typer.Option(metavar="LEVEL", help="quick or full.")] = "quick",
+    level: Annotated[
+        str, typer.Option("--level", metavar="LEVEL", help="quick or full.")
+    ] = "quick",
     dtype: Annotated[
         list[str] | None,
-        typer.Option(metavar="DTYPE", help="Judge this dtype only; may be repeated."),
+        typer.Option("--dtype", metavar="DTYPE", help="Judge this dtype only; may be repeated."),
     ] = None,
     chapter: Annotated[
         list[str] | None,

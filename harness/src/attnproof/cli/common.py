@@ -35,7 +35,8 @@ PrecisionName = Annotated[
         metavar="PROFILE", help="What it does to numbers inside, in place of what it declares."
     ),
 ]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")]
+# Named, where the metavar is the same word: typer 0.27 takes that for the name.
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Added to the seed of every case.")]
 Timeout = Annotated[float, typer.Option(metavar="SECONDS", help="Limit of a case.")]
 InProcess = Annotated[

@@ -39,7 +39,9 @@ def replay(
     ],
     target: Annotated[
         str,
-        typer.Option(metavar="TARGET", help="As for `attnproof check`.", show_default=False),
+        typer.Option(
+            "--target", metavar="TARGET", help="As for `attnproof check`.", show_default=False
+        ),
     ],
     signature: Signature = None,
     precision: PrecisionName = None,

@@ -1,9 +1,10 @@
-"""Which tiles a kernel gets: rows, keys, warps and stages, by pass, head_dim and device."""
+"""Which tiles a kernel gets: rows, keys, warps and stages, by pass, head_dim and GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -15,6 +16,38 @@ KEYS_OF_A_SPLIT = 256  # at least
 INTERPRETED_TILES = 8  # along a sequence: enough for every loop to turn
 SMALLEST, LARGEST = 32, 2048  # of interpreted tiles
 INTERPRETED_PROCESSORS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What tiles depend on of a GPU."""
+
+    shared_memory: int  # bytes that a block of threads may use
+    multiprocessors: int
+
+
+# By compute capability, for kernels that are compiled where there is no such GPU.
+GPUS = {
+    80: Gpu(shared_memory=166912, multiprocessors=108),  # A100
+    86: Gpu(shared_memory=101376, multiprocessors=84),  # A10, A40, RTX 3090
+    89: Gpu(shared_memory=101376, multiprocessors=142),  # L40, RTX 4090
+    90: Gpu(shared_memory=232448, multiprocessors=132),  # H100, H200
+    100: Gpu(shared_memory=232448, multiprocessors=148),  # B200
+}
+# No GPU: the interpreter. Its few processors have keys split between them now and then.
+NO_GPU = Gpu(shared_memory=0, multiprocessors=INTERPRETED_PROCESSORS)
+
+
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU at hand."""
+    if interpreter.enabled():
+        return NO_GPU
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(
+        shared_memory=found.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        multiprocessors=found.multi_processor_count,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +69,21 @@ class Tiles:
 class Kind:
     """What tiles depend on, beside the pass."""
 
-    device: torch.device
+    gpu: Gpu
     itemsize: int  # bytes of an element of q
-    padded_dim: int  # the larger one of head_dim and head_dim_v
-    elementwise: bool  # a mask or bias is read element by element
+    padded_dim: int  # of q and k
+    padded_dim_v: int
+    elementwise: bool = False  # a mask or bias is read element by element
+
+    @property
+    def both(self) -> int:
+        """Columns of k and v."""
+        return self.padded_dim + self.padded_dim_v
+
+    @property
+    def widest(self) -> int:
+        """The larger number of columns."""
+        return max(self.padded_dim, self.padded_dim_v)
 
 
 def padded(size: int) -> int:
@@ -57,65 +101,61 @@ def packed_heads(group: int, seqlen_q: int) -> int:
     return group if seqlen_q <= FEW_QUERIES else 1
 
 
-def splits(programs: int, seqlen_k: int, device: torch.device) -> int:
+def splits(programs: int, seqlen_k: int, gpu: Gpu) -> int:
     """Programs that share the keys of the same rows: as many as leave no multiprocessor idle."""
-    if interpreter.enabled():
-        processors = INTERPRETED_PROCESSORS
-    else:
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
     most = -(-seqlen_k // KEYS_OF_A_SPLIT)
-    return max(1, min(processors // max(1, programs), most))
+    return max(1, min(gpu.multiprocessors // max(1, programs), most))
 
 
 def forward_tiles(kind: Kind, rows: int, keys: int) -> Tiles:
-    """Of forward: block_m rows stay, block_n keys pass by."""
-    tiles = _tiles(_FORWARD, kind, rows, keys)
-    if not interpreter.enabled() and rows < tiles.block_m:  # decoding
-        tiles = replace(tiles, block_m=padded(rows), num_warps=4)
-    return tiles
+    """Of forward: block_m rows of q stay, block_n keys pass by."""
+    if kind.gpu is NO_GPU:
+        return _interpreted(rows, keys)
+    tiles = _FORWARD[kind.itemsize][kind.widest]
+    for few in (16, 64):
+        if rows <= few < tiles.block_m:
+            tiles = replace(tiles, block_m=few, num_warps=4)
+            break
+    return _fitting(tiles, kind, "block_m", kind.padded_dim)
 
 
 def keys_tiles(kind: Kind, rows: int, keys: int) -> Tiles:
-    """Of dK and dV: block_n keys stay, block_m rows pass by."""
-    return _tiles(_KEYS, kind, rows, keys)
+    """Of dK and dV: block_n keys stay, block_m rows of q and dO pass by."""
+    if kind.gpu is NO_GPU:
+        return _interpreted(rows, keys)
+    return _fitting(_KEYS[kind.itemsize][kind.widest], kind, "block_n", kind.both)
 
 
 def queries_tiles(kind: Kind, rows: int, keys: int) -> Tiles:
-    """Of dQ: block_m rows stay, block_n keys pass by."""
-    return _tiles(_QUERIES, kind, rows, keys)
+    """Of dQ: block_m rows of q and dO stay, block_n keys pass by."""
+    if kind.gpu is NO_GPU:
+        return _interpreted(rows, keys)
+    return _fitting(_QUERIES[kind.itemsize][kind.widest], kind, "block_m", kind.both)
 
 
 def bias_tiles(kind: Kind, rows: int, keys: int) -> Tiles:
-    """Of dBias: a tile of it stays."""
-    return _tiles(_BIAS, kind, rows, keys)
+    """Of dBias, a tile of which stays."""
+    if kind.gpu is NO_GPU:
+        return _interpreted(rows, keys)
+    return _fitting(_BIAS[kind.itemsize], kind, "block_m", kind.both)
 
 
-def v1_tiles(q: torch.Tensor, rows: int, keys: int) -> Tiles:
+def v1_tiles(kind: Kind, rows: int, keys: int) -> Tiles:
     """Of V1, which holds blocks of everything at once."""
-    if interpreter.enabled():
+    if kind.gpu is NO_GPU:
         return _interpreted(rows, keys)
-    return Tiles(block_m=32, block_n=32) if q.shape[-1] <= 128 else Tiles(block_m=16, block_n=16)
+    size = 32 if kind.widest <= 128 else 16
+    return Tiles(block_m=size, block_n=size)
 
 
-def rows_tiles(rows: int) -> Tiles:
+def rows_tiles(gpu: Gpu, rows: int) -> Tiles:
     """Of kernels that go through rows once."""
-    if interpreter.enabled():
-        return _interpreted(rows, rows)
-    return Tiles(block_m=64, block_n=64)
+    return _interpreted(rows, rows) if gpu is NO_GPU else Tiles(block_m=64, block_n=64)
 
 
-def elementwise_tiles(rows: int, keys: int) -> Tiles:
+def elementwise_tiles(gpu: Gpu, rows: int, keys: int) -> Tiles:
     """Of kernels that compute one element after the other."""
-    if interpreter.enabled():
-        return _interpreted(rows, keys)
-    return Tiles(block_m=64, block_n=64)
-
-
-def _tiles(table: Table, kind: Kind, rows: int, keys: int) -> Tiles:
-    if interpreter.enabled():
-        return _interpreted(rows, keys)
-    by_width = table[kind.itemsize]
-    return by_width[min(width for width in by_width if width >= kind.padded_dim)]
+    return _interpreted(rows, keys) if gpu is NO_GPU else Tiles(block_m=64, block_n=64)
 
 
 def _interpreted(rows: int, keys: int) -> Tiles:
@@ -127,44 +167,78 @@ def _interpreted(rows: int, keys: int) -> Tiles:
     return Tiles(block_m=block(rows), block_n=block(keys))
 
 
+def _fitting(tiles: Tiles, kind: Kind, stays: str, columns: int) -> Tiles:
+    """Those tiles, or the largest smaller ones that shared memory has room for.
+
+    Blocks of ``columns`` stay there, blocks of k and v (or q and dO) pass by, as many at a time as
+    there are stages.
+    """
+    passes = "block_n" if stays == "block_m" else "block_m"
+    while True:
+        passing = getattr(tiles, passes) * kind.both
+        if kind.elementwise:
+            passing += 2 * tiles.block_m * tiles.block_n
+        needed = getattr(tiles, stays) * columns + tiles.num_stages * passing
+        if needed * kind.itemsize <= kind.gpu.shared_memory:
+            return tiles
+        if tiles.num_stages > 1:
+            tiles = replace(tiles, num_stages=tiles.num_stages - 1)
+        elif getattr(tiles, passes) > SMALLEST_BLOCK:
+            tiles = replace(tiles, **{passes: getattr(tiles, passes) // 2})
+        else:
+            tiles = replace(tiles, **{stays: getattr(tiles, stays) // 2})
+
+
+SMALLEST_BLOCK = 16
+WIDTHS = (16, 32, 64, 128, 256)
 Table = Mapping[int, Mapping[int, Tiles]]  # by bytes of an element, then by the widest head_dim
-_FORWARD: Table = {
-    2: {
+
+
+def _table(two: Mapping[int, Tiles], four: Mapping[int, Tiles]) -> Table:
+    """Tiles for every width, from those of the widths up to which they are."""
+    return {
+        itemsize: {width: by_width[min(w for w in by_width if w >= width)] for width in WIDTHS}
+        for itemsize, by_width in ((2, two), (4, four))
+    }
+
+
+_FORWARD = _table(
+    {
         64: Tiles(block_m=128, block_n=128, num_warps=8, num_stages=3),
         128: Tiles(block_m=128, block_n=64, num_warps=8, num_stages=3),
         256: Tiles(block_m=128, block_n=64, num_warps=8, num_stages=2),
     },
-    4: {
+    {
         64: Tiles(block_m=64, block_n=32, num_stages=2),
         128: Tiles(block_m=32, block_n=32),
         256: Tiles(block_m=32, block_n=16),
     },
-}
-_KEYS: Table = {
-    2: {
+)
+_KEYS = _table(
+    {
         64: Tiles(block_m=64, block_n=128, num_warps=8, num_stages=2),
-        128: Tiles(block_m=64, block_n=128, num_warps=8, num_stages=2),
+        128: Tiles(block_m=64, block_n=128, num_warps=8, num_stages=3),
         256: Tiles(block_m=32, block_n=64, num_warps=8),
     },
-    4: {
+    {
         64: Tiles(block_m=32, block_n=32),
         128: Tiles(block_m=16, block_n=32),
         256: Tiles(block_m=16, block_n=16),
     },
-}
-_QUERIES: Table = {
-    2: {
-        64: Tiles(block_m=128, block_n=64, num_warps=8, num_stages=2),
-        128: Tiles(block_m=128, block_n=64, num_warps=8, num_stages=2),
+)
+_QUERIES = _table(
+    {
+        64: Tiles(block_m=128, block_n=64, num_warps=8, num_stages=3),
+        128: Tiles(block_m=128, block_n=64, num_warps=8, num_stages=3),
         256: Tiles(block_m=64, block_n=32, num_warps=8),
     },
-    4: {
+    {
         64: Tiles(block_m=32, block_n=32),
         128: Tiles(block_m=32, block_n=16),
         256: Tiles(block_m=16, block_n=16),
     },
-}
-_BIAS: Table = {
-    2: {256: Tiles(block_m=64, block_n=64, num_warps=8)},
-    4: {256: Tiles(block_m=32, block_n=16)},
+)
+_BIAS = {
+    2: Tiles(block_m=64, block_n=64, num_warps=8),
+    4: Tiles(block_m=32, block_n=16),
 }

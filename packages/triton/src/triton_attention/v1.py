@@ -14,7 +14,7 @@ from .kernels.tensors import matrix, vector
 from .kernels.v1_backward import backward
 from .kernels.v1_forward import forward
 from .launch import Launch, Result, device_of
-from .tiles import PRODUCTS, Tiles, padded, v1_tiles
+from .tiles import PRODUCTS, Kind, Tiles, gpu_of, padded, v1_tiles
 
 
 def attention(
@@ -43,7 +43,7 @@ def forward_launch(x: Arguments, tiles: Tiles | None = None) -> Result:
     out = x.q.new_zeros(shape, dtype=torch.float32)
     l = torch.zeros_like(out[..., 0])
     m = torch.full_like(l, -torch.inf)
-    tiles = tiles or v1_tiles(x.q, x.seqlen_q, x.seqlen_k)
+    tiles = tiles or v1_tiles(_kind(x), x.seqlen_q, x.seqlen_k)
     launch = Launch(
         kernel=forward,
         grid=(x.heads_q * x.batches,),
@@ -63,7 +63,7 @@ def backward_launch(
     """The gradients of q (fp32), k and v, from what forward has left."""
     grad_q = torch.zeros_like(x.q, dtype=torch.float32)  # line 5
     grad_k, grad_v = torch.empty_like(x.k), torch.empty_like(x.v)
-    tiles = tiles or v1_tiles(x.q, x.seqlen_q, x.seqlen_k)
+    tiles = tiles or v1_tiles(_kind(x), x.seqlen_q, x.seqlen_k)
     own = {
         "grad_out": matrix(grad_out),
         "grad_lse": vector(grad_lse),
@@ -79,6 +79,15 @@ def backward_launch(
         options=tiles.options,
     )
     return Result(launches=[launch], tensors={"q": grad_q, "k": grad_k, "v": grad_v})
+
+
+def _kind(x: Arguments) -> Kind:
+    return Kind(
+        gpu=gpu_of(x.q.device),
+        itemsize=x.q.element_size(),
+        padded_dim=padded(x.head_dim),
+        padded_dim_v=padded(x.head_dim_v),
+    )
 
 
 def _arguments(x: Arguments, tiles: Tiles, out: Tensor, l: Tensor, m: Tensor) -> dict[str, Any]:

@@ -32,10 +32,12 @@ LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Launches:
-    """The launches of one call. ``seed``: of dropout, int64 (1,), on the device of q."""
+    """The launches of one call. ``seed``: of dropout, int64 (1,), on the device of q; ``gpu``: that
+    the tiles are for, None for the one that q is on."""
 
     x: Arguments
     seed: Tensor | None = None
+    gpu: choose.Gpu | None = None
 
     def forward(self, tiles: Tiles | None = None, splits: int | None = None) -> Result:
         """out (B, Hq, Sq, Dv) in the dtype of q, and lse (B, Hq, Sq) fp32."""
@@ -46,7 +48,7 @@ class Launches:
         blocks = _ceil(rows, tiles.block_m)
         programs = blocks * (x.heads_q // pack) * x.batches
         if splits is None:
-            splits = choose.splits(programs, x.seqlen_k, x.q.device)
+            splits = choose.splits(programs, x.seqlen_k, self._gpu)
         batch, heads, length, _ = x.q.shape
         shape = (batch, heads, length, x.head_dim_v)
         out, lse = x.q.new_empty(shape), x.q.new_empty(shape[:-1], dtype=torch.float32)
@@ -79,7 +81,7 @@ class Launches:
             )
         ]
         if splits > 1:
-            launches.append(_combine(found, found_lse, out, lse, splits))
+            launches.append(self._combine(found, found_lse, out, lse, splits))
         return Result(launches=launches, tensors={"out": out, "lse": lse})
 
     def backward(
@@ -95,7 +97,7 @@ class Launches:
         and ``delta``, rowsum(dO * O) - dLSE, (B, Hq, Sq) fp32."""
         x = self.x
         deltas = torch.empty_like(lse)
-        launches = [_delta(out, grad_out, grad_lse, deltas)]
+        launches = [self._delta(out, grad_out, grad_lse, deltas)]
         tensors = {"delta": deltas}
         saved: dict[str, Any] = {
             "q": matrix(x.q),
@@ -138,7 +140,7 @@ class Launches:
         x = self.x
         keys = x.k.shape[2] if x.page_table is None else x.seqlen_k
         kept = x.q.new_zeros((x.q.shape[0], x.heads_q, x.q.shape[2], keys), dtype=torch.bool)
-        tiles = choose.elementwise_tiles(x.seqlen_q, x.seqlen_k)
+        tiles = choose.elementwise_tiles(self._gpu, x.seqlen_q, x.seqlen_k)
         blocks_q, blocks_k = _ceil(x.seqlen_q, tiles.block_m), _ceil(x.seqlen_k, tiles.block_n)
         launch = Launch(
             kernel=keep_mask,
@@ -191,6 +193,7 @@ class Launches:
     ) -> Launch:
         """A launch of a kernel that computes scores: what all of them take joins ``arguments``."""
         x = self.x
+        left, right = x.band
         return Launch(
             kernel=kernel,
             grid=(programs,),
@@ -201,8 +204,58 @@ class Launches:
                 "dropout": self._dropout,
                 "seqlen_q": x.seqlen_q,
                 "seqlen_k": x.seqlen_k,
+                "bottom_right": int(x.causal != "top-left"),
+                "left": left,
+                "right": right,
+                "group": x.group,
                 "shape": self._shape(tiles, pack),
                 "MASK_RULE": x.mask_rule,
+            },
+            options=tiles.options,
+        )
+
+    def _delta(
+        self, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, deltas: Tensor
+    ) -> Launch:
+        batch, heads, rows, width = out.shape
+        tiles = choose.rows_tiles(self._gpu, rows)
+        blocks = _ceil(rows, tiles.block_m)
+        return Launch(
+            kernel=delta,
+            grid=(blocks * heads * batch,),
+            arguments={
+                "out": matrix(out),
+                "grad_out": matrix(grad_out),
+                "grad_lse": vector(grad_lse),
+                "result": vector(deltas),
+                "rows": rows,
+                "heads": heads,
+                "blocks": blocks,
+                "WIDTH": width,
+                "PADDED": padded(width),
+                "BLOCK": tiles.block_m,
+            },
+            options=tiles.options,
+        )
+
+    def _combine(
+        self, found: Tensor, found_lse: Tensor, out: Tensor, lse: Tensor, splits: int
+    ) -> Launch:
+        width = out.shape[-1]
+        tiles = choose.rows_tiles(self._gpu, lse.numel())
+        return Launch(
+            kernel=combine,
+            grid=(_ceil(lse.numel(), tiles.block_m),),
+            arguments={
+                "partial_out": found,
+                "partial_lse": found_lse,
+                "out": out,
+                "lse": lse,
+                "rows": lse.numel(),
+                "splits": splits,
+                "WIDTH": width,
+                "PADDED": padded(width),
+                "BLOCK": tiles.block_m,
             },
             options=tiles.options,
         )
@@ -214,10 +267,8 @@ class Launches:
             head_dim_v=x.head_dim_v,
             padded_dim=padded(x.head_dim),
             padded_dim_v=padded(x.head_dim_v),
-            group=x.group,
             pack=pack,
             page_size=x.page_size,
-            bottom_right=x.causal != "top-left",
             hidden_anywhere=not (x.mask is x.bias is x.mask_rule is None),
             folded=self._folded,
             products=choose.PRODUCTS,
@@ -226,13 +277,18 @@ class Launches:
             rule_key=getattr(x.mask_rule, "cache_key", None),
         )
 
-    @property
+    @cached_property
+    def _gpu(self) -> choose.Gpu:
+        return self.gpu or choose.gpu_of(self.x.q.device)
+
+    @cached_property
     def _kind(self) -> choose.Kind:
         x = self.x
         return choose.Kind(
-            device=x.q.device,
+            gpu=self._gpu,
             itemsize=x.q.element_size(),
-            padded_dim=max(padded(x.head_dim), padded(x.head_dim_v)),
+            padded_dim=padded(x.head_dim),
+            padded_dim_v=padded(x.head_dim_v),
             elementwise=not (x.mask is x.bias is None),
         )
 
@@ -246,7 +302,6 @@ class Launches:
     @cached_property
     def _rule(self) -> Rule:
         x = self.x
-        left, right = x.band
         return Rule(
             scale=x.softmax_scale,
             unit=LOG2_E * x.softmax_scale if self._folded else LOG2_E,
@@ -254,8 +309,6 @@ class Launches:
             alibi_slopes=x.alibi_slopes,
             bias=matrix(x.bias),
             mask=matrix(x.mask),
-            left=left,
-            right=right,
         )
 
     @cached_property
@@ -278,50 +331,6 @@ class Launches:
             threshold=round(self.x.dropout_p * 2**32),
             factor=1.0 / (1.0 - self.x.dropout_p),
         )
-
-
-def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, deltas: Tensor) -> Launch:
-    batch, heads, rows, width = out.shape
-    tiles = choose.rows_tiles(rows)
-    blocks = _ceil(rows, tiles.block_m)
-    return Launch(
-        kernel=delta,
-        grid=(blocks * heads * batch,),
-        arguments={
-            "out": matrix(out),
-            "grad_out": matrix(grad_out),
-            "grad_lse": vector(grad_lse),
-            "result": vector(deltas),
-            "rows": rows,
-            "heads": heads,
-            "blocks": blocks,
-            "WIDTH": width,
-            "PADDED": padded(width),
-            "BLOCK": tiles.block_m,
-        },
-        options=tiles.options,
-    )
-
-
-def _combine(found: Tensor, found_lse: Tensor, out: Tensor, lse: Tensor, splits: int) -> Launch:
-    width = out.shape[-1]
-    tiles = choose.rows_tiles(lse.numel())
-    return Launch(
-        kernel=combine,
-        grid=(_ceil(lse.numel(), tiles.block_m),),
-        arguments={
-            "partial_out": found,
-            "partial_lse": found_lse,
-            "out": out,
-            "lse": lse,
-            "rows": lse.numel(),
-            "splits": splits,
-            "WIDTH": width,
-            "PADDED": padded(width),
-            "BLOCK": tiles.block_m,
-        },
-        options=tiles.options,
-    )
 
 
 def _ceil(count: int, size: int) -> int:

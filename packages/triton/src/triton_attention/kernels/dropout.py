@@ -60,7 +60,7 @@ def keep_mask(
     block_k, rest = program % blocks_k, program // blocks_k
     block_q, rest = rest % blocks_q, rest // blocks_q
     head, batch = rest % heads, rest // heads
-    place = locate(sequences, batch, seqlen_q, seqlen_k, False)
+    place = locate(sequences, batch, seqlen_q, seqlen_k, 0, None, None)
     i = (block_q * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     j = (block_k * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     pointers = (

@@ -20,10 +20,10 @@ from .tensors import at
 def visible(i, j, head, place, rule, MASK_RULE: tl.constexpr):
     """Whether query i sees key j, for positions that broadcast against each other."""
     seen = (i < place.len_q) & (j < place.len_k)
-    if rule.left is not None:
-        seen &= j >= i + place.diagonal - rule.left
-    if rule.right is not None:
-        seen &= j <= i + place.diagonal + rule.right
+    if place.left is not None:
+        seen &= j >= i + place.diagonal - place.left
+    if place.right is not None:
+        seen &= j <= i + place.diagonal + place.right
     if MASK_RULE is not None:
         seen &= MASK_RULE(i, j, head, place.batch)
     if rule.mask.ptr is not None:
@@ -37,36 +37,36 @@ def visible(i, j, head, place, rule, MASK_RULE: tl.constexpr):
 
 
 @triton.jit
-def key_range(first_row, last_row, place, rule, BLOCK: tl.constexpr):
+def key_range(first_row, last_row, place, BLOCK: tl.constexpr):
     """What the band leaves of the keys for rows first_row to last_row, in tiles of BLOCK keys.
 
     (begin, whole, edge, end): keys before ``begin`` and from ``end`` on are hidden from every row,
     keys from ``whole`` up to ``edge`` visible to every row. All but ``end`` are multiples of BLOCK.
     """
     begin, whole = 0, 0
-    if rule.left is not None:
-        begin = tl.maximum(first_row + place.diagonal - rule.left, 0) // BLOCK * BLOCK
-        whole = tl.cdiv(tl.maximum(last_row + place.diagonal - rule.left, 0), BLOCK) * BLOCK
+    if place.left is not None:
+        begin = tl.maximum(first_row + place.diagonal - place.left, 0) // BLOCK * BLOCK
+        whole = tl.cdiv(tl.maximum(last_row + place.diagonal - place.left, 0), BLOCK) * BLOCK
     end, edge = place.len_k, place.len_k
-    if rule.right is not None:
-        end = tl.minimum(tl.maximum(last_row + place.diagonal + rule.right + 1, 0), end)
-        edge = tl.minimum(tl.maximum(first_row + place.diagonal + rule.right + 1, 0), edge)
+    if place.right is not None:
+        end = tl.minimum(tl.maximum(last_row + place.diagonal + place.right + 1, 0), end)
+        edge = tl.minimum(tl.maximum(first_row + place.diagonal + place.right + 1, 0), edge)
     edge = edge // BLOCK * BLOCK
     whole = tl.minimum(whole, tl.cdiv(end, BLOCK) * BLOCK)
     return begin, whole, tl.maximum(edge, whole), end
 
 
 @triton.jit
-def query_range(first_key, last_key, place, rule, BLOCK: tl.constexpr):
+def query_range(first_key, last_key, place, BLOCK: tl.constexpr):
     """The same of the queries for keys first_key to last_key, in tiles of BLOCK queries."""
     begin, whole = 0, 0
-    if rule.right is not None:
-        begin = tl.maximum(first_key - place.diagonal - rule.right, 0) // BLOCK * BLOCK
-        whole = tl.cdiv(tl.maximum(last_key - place.diagonal - rule.right, 0), BLOCK) * BLOCK
+    if place.right is not None:
+        begin = tl.maximum(first_key - place.diagonal - place.right, 0) // BLOCK * BLOCK
+        whole = tl.cdiv(tl.maximum(last_key - place.diagonal - place.right, 0), BLOCK) * BLOCK
     end, edge = place.len_q, place.len_q
-    if rule.left is not None:
-        end = tl.minimum(tl.maximum(last_key - place.diagonal + rule.left + 1, 0), end)
-        edge = tl.minimum(tl.maximum(first_key - place.diagonal + rule.left + 1, 0), edge)
+    if place.left is not None:
+        end = tl.minimum(tl.maximum(last_key - place.diagonal + place.left + 1, 0), end)
+        edge = tl.minimum(tl.maximum(first_key - place.diagonal + place.left + 1, 0), edge)
     edge = edge // BLOCK * BLOCK
     whole = tl.minimum(whole, tl.cdiv(end, BLOCK) * BLOCK)
     return begin, whole, tl.maximum(edge, whole), end

@@ -25,8 +25,6 @@ class Rule(NamedTuple):
     alibi_slopes: Any  # pointer, (heads,) fp32
     bias: Matrix  # (batch, head, query, key)
     mask: Matrix  # the same, bool, True: visible
-    left: Any  # of the band, in keys
-    right: Any
 
 
 @triton.jit

@@ -30,11 +30,16 @@ class Place(NamedTuple):
     start_k: Any
     len_k: Any
     diagonal: Any  # query i is aligned with key i + diagonal
+    left: Any  # keys that a query sees before and behind its diagonal; None: all
+    right: Any
 
 
 @triton.jit
-def locate(sequences, batch, seqlen_q, seqlen_k, BOTTOM_RIGHT: tl.constexpr):
-    """The place of one sequence; seqlen_q and seqlen_k are those of dense tensors."""
+def locate(sequences, batch, seqlen_q, seqlen_k, bottom_right, left, right):
+    """The place of one sequence; seqlen_q and seqlen_k are those of dense tensors.
+
+    The diagonal ends at the bottom right if bottom_right is 1, or begins at the top left if 0.
+    """
     entry, start_q, start_k = batch, batch * 0, batch * 0
     len_q, len_k = seqlen_q, seqlen_k
     if sequences.cu_seqlens_q is not None:
@@ -45,10 +50,8 @@ def locate(sequences, batch, seqlen_q, seqlen_k, BOTTOM_RIGHT: tl.constexpr):
         len_k = tl.load(sequences.cu_seqlens_k + batch + 1) - start_k
     if sequences.key_lengths is not None:
         len_k = tl.load(sequences.key_lengths + batch)
-    diagonal = batch * 0
-    if BOTTOM_RIGHT:
-        diagonal = len_k - len_q
-    return Place(batch, entry, start_q, len_q, start_k, len_k, diagonal)
+    diagonal = (len_k - len_q) * bottom_right
+    return Place(batch, entry, start_q, len_q, start_k, len_k, diagonal, left, right)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from .sequences import key_offsets, keys_at, locate, pages_of
 from .tensors import at, load_rows, store_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-SIZES = ["seqlen_q", "seqlen_k", "heads", "blocks"]
+SIZES = ["seqlen_q", "seqlen_k", "bottom_right", "left", "right", "group", "heads", "blocks"]
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "blocks"])
@@ -46,7 +46,8 @@ def delta(
 @triton.jit(do_not_specialize=SIZES)
 def keys_and_values(
     q, k, v, grad_out, lse, deltas, grad_k, grad_v, rule, sequences, dropout,
-    seqlen_q, seqlen_k, heads, blocks, shape: tl.constexpr, MASK_RULE: tl.constexpr,
+    seqlen_q, seqlen_k, bottom_right, left, right, group, heads, blocks,
+    shape: tl.constexpr, MASK_RULE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV: a program owns a block of keys and walks over the rows of every query head that
     reads them. Grid: blocks of keys x heads of keys x batches.
@@ -54,7 +55,7 @@ def keys_and_values(
     program = tl.program_id(0)
     block, rest = program % blocks, program // blocks
     kv_head, batch = rest % heads, rest // heads
-    place = locate(sequences, batch, seqlen_q, seqlen_k, shape.bottom_right)
+    place = locate(sequences, batch, seqlen_q, seqlen_k, bottom_right, left, right)
     first = block * shape.block_n
     if first >= place.len_k:
         return
@@ -76,12 +77,12 @@ def keys_and_values(
     dk = tl.full([shape.block_n, shape.padded_dim], 0.0, tl.float32)
     dv = tl.full([shape.block_n, shape.padded_dim_v], 0.0, tl.float32)
     last = tl.minimum(first + shape.block_n, place.len_k) - 1
-    begin, whole, edge, end = query_range(first, last, place, rule, shape.block_m)
+    begin, whole, edge, end = query_range(first, last, place, shape.block_m)
     if shape.hidden_anywhere:
         whole, edge = begin, begin
-    for member in range(shape.group):
-        head = kv_head * shape.group + member
-        if rule.right is not None:
+    for member in range(group):
+        head = kv_head * group + member
+        if place.right is not None:
             dk, dv = over_rows(
                 dk, dv, k_tile, v_tile, q, grad_out, lse, deltas, j, head, place, rule, dropout,
                 begin, whole, True, shape, MASK_RULE,
@@ -164,7 +165,8 @@ def of_rows(lse, deltas, place, head, wide, inside):
 @triton.jit(do_not_specialize=SIZES)
 def queries(
     q, k, v, grad_out, lse, deltas, grad_q, rule, sequences, dropout,
-    seqlen_q, seqlen_k, heads, blocks, shape: tl.constexpr, MASK_RULE: tl.constexpr,
+    seqlen_q, seqlen_k, bottom_right, left, right, group, heads, blocks,
+    shape: tl.constexpr, MASK_RULE: tl.constexpr,
 ):  # fmt: skip
     """dQ: a program owns a block of rows and walks over the keys, as forward does.
 
@@ -173,10 +175,11 @@ def queries(
     program = tl.program_id(0)
     block, rest = blocks - 1 - program % blocks, program // blocks
     head, batch = rest % heads, rest // heads
-    place = locate(sequences, batch, seqlen_q, seqlen_k, shape.bottom_right)
+    place = locate(sequences, batch, seqlen_q, seqlen_k, bottom_right, left, right)
     first = block * shape.block_m
     if first >= place.len_q:
         return
+    kv_head = head // group
     i = first + tl.arange(0, shape.block_m)
     inside = i < place.len_q
     wide = (i + place.start_q).to(tl.int64)
@@ -190,22 +193,22 @@ def queries(
     row_lse, row_delta = of_rows(lse, deltas, place, head, wide, inside)
     dq = tl.full([shape.block_m, shape.padded_dim], 0.0, tl.float32)
     last = tl.minimum(first + shape.block_m, place.len_q) - 1
-    begin, whole, edge, end = key_range(first, last, place, rule, shape.block_n)
+    begin, whole, edge, end = key_range(first, last, place, shape.block_n)
     if shape.hidden_anywhere:
         whole, edge = begin, begin
-    if rule.left is not None:
+    if place.left is not None:
         dq = over_keys(
-            dq, q_tile, g_tile, row_lse, row_delta, k, v, i, head, place, rule, sequences, dropout,
-            begin, whole, True, shape, MASK_RULE,
+            dq, q_tile, g_tile, row_lse, row_delta, k, v, i, kv_head, head, place, rule,
+            sequences, dropout, begin, whole, True, shape, MASK_RULE,
         )  # fmt: skip
     if not shape.hidden_anywhere:
         dq = over_keys(
-            dq, q_tile, g_tile, row_lse, row_delta, k, v, i, head, place, rule, sequences, dropout,
-            whole, edge, False, shape, MASK_RULE,
+            dq, q_tile, g_tile, row_lse, row_delta, k, v, i, kv_head, head, place, rule,
+            sequences, dropout, whole, edge, False, shape, MASK_RULE,
         )  # fmt: skip
     dq = over_keys(
-        dq, q_tile, g_tile, row_lse, row_delta, k, v, i, head, place, rule, sequences, dropout,
-        edge, end, True, shape, MASK_RULE,
+        dq, q_tile, g_tile, row_lse, row_delta, k, v, i, kv_head, head, place, rule,
+        sequences, dropout, edge, end, True, shape, MASK_RULE,
     )  # fmt: skip
     store_rows(
         dq * rule.scale, at(grad_q, place.entry, head), wide * grad_q.row, grad_q.column, inside,
@@ -215,11 +218,10 @@ def queries(
 
 @triton.jit
 def over_keys(
-    dq, q_tile, g_tile, row_lse, row_delta, k, v, i, head, place, rule, sequences, dropout,
-    begin, end, MASKED: tl.constexpr, shape: tl.constexpr, MASK_RULE: tl.constexpr,
+    dq, q_tile, g_tile, row_lse, row_delta, k, v, i, kv_head, head, place, rule, sequences,
+    dropout, begin, end, MASKED: tl.constexpr, shape: tl.constexpr, MASK_RULE: tl.constexpr,
 ):  # fmt: skip
     """What the keys begin to end add to dQ."""
-    kv_head = head // shape.group
     k_start = keys_at(k, place, kv_head, shape.page_size)
     v_start = keys_at(v, place, kv_head, shape.page_size)
     query = i[:, None]

@@ -13,13 +13,14 @@ from .sequences import key_offsets, keys_at, locate, pages_of
 from .tensors import at, load_rows
 from .v2_backward import of_rows
 
-SIZES = ["seqlen_q", "seqlen_k", "heads", "batches", "blocks_q", "blocks_k"]
+SIZES = ["seqlen_q", "seqlen_k", "bottom_right", "left", "right", "group", "heads", "batches"]
+SIZES += ["blocks_q", "blocks_k"]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def bias_gradient(
     q, k, v, grad_out, lse, deltas, grad_bias, rule, sequences, dropout,
-    seqlen_q, seqlen_k, heads, batches, blocks_q, blocks_k,
+    seqlen_q, seqlen_k, bottom_right, left, right, group, heads, batches, blocks_q, blocks_k,
     OVER_BATCHES: tl.constexpr, OVER_HEADS: tl.constexpr,
     OVER_QUERIES: tl.constexpr, OVER_KEYS: tl.constexpr,
     shape: tl.constexpr, MASK_RULE: tl.constexpr,
@@ -34,18 +35,21 @@ def bias_gradient(
     first_head, last_head, program = share(program, heads, OVER_HEADS)
     first_batch, last_batch, program = share(program, batches, OVER_BATCHES)
     total = tl.full([shape.block_m, shape.block_n], 0.0, tl.float32)
+    # "first * 0 +" makes a tensor of a loop variable, which is an int where this is interpreted.
     for batch in range(first_batch, last_batch):
-        place = locate(sequences, first_batch * 0 + batch, seqlen_q, seqlen_k, shape.bottom_right)
+        place = locate(
+            sequences, first_batch * 0 + batch, seqlen_q, seqlen_k, bottom_right, left, right
+        )
         for head in range(first_head, last_head):
             for block_q in range(first_q, last_q):
                 i = block_q * shape.block_m + tl.arange(0, shape.block_m)
                 for block_k in range(first_k, last_k):
                     j = block_k * shape.block_n + tl.arange(0, shape.block_n)
                     total += gradient_of_scores(
-                        q, k, v, grad_out, lse, deltas, i, j, first_head * 0 + head, place, rule,
-                        sequences, dropout, shape, MASK_RULE,
+                        q, k, v, grad_out, lse, deltas, i, j, head // group,
+                        first_head * 0 + head, place, rule, sequences, dropout, shape, MASK_RULE,
                     )  # fmt: skip
-    place = locate(sequences, first_batch, seqlen_q, seqlen_k, shape.bottom_right)
+    place = locate(sequences, first_batch, seqlen_q, seqlen_k, bottom_right, left, right)
     if sequences.cu_seqlens_q is not None:
         seqlen_q, seqlen_k = place.len_q, place.len_k
     i = (first_q * shape.block_m + tl.arange(0, shape.block_m))[:, None]
@@ -80,11 +84,10 @@ def share(program, count, OVER: tl.constexpr):
 
 @triton.jit
 def gradient_of_scores(
-    q, k, v, grad_out, lse, deltas, i, j, head, place, rule, sequences, dropout,
+    q, k, v, grad_out, lse, deltas, i, j, kv_head, head, place, rule, sequences, dropout,
     shape: tl.constexpr, MASK_RULE: tl.constexpr,
 ):  # fmt: skip
     """P * (dP - delta) of one tile, fp32 [block_m, block_n], 0 where hidden."""
-    kv_head = head // shape.group
     query, key = i[:, None], j[None, :]
     inside_q, inside_k = i < place.len_q, j < place.len_k
     wide = (i + place.start_q).to(tl.int64)

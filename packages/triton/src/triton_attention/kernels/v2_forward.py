@@ -26,7 +26,8 @@ from .tensors import at, load_rows, store_rows
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # What does not make code better when it is known to be 1 or a multiple of 16.
-SIZES = ["seqlen_q", "seqlen_k", "heads", "blocks", "batches", "entries", "splits"]
+SIZES = ["seqlen_q", "seqlen_k", "bottom_right", "left", "right", "group", "heads", "blocks"]
+SIZES += ["batches", "entries", "splits"]
 
 
 class Shape(NamedTuple):
@@ -36,10 +37,8 @@ class Shape(NamedTuple):
     head_dim_v: int
     padded_dim: int  # the same as powers of two, at least 16
     padded_dim_v: int
-    group: int  # query heads per key/value head
-    pack: int  # query heads that share a block of rows: 1 or group
+    pack: int  # query heads that share a block of rows: 1 or all that read the same keys
     page_size: int | None
-    bottom_right: bool  # where the diagonal ends
     hidden_anywhere: bool  # a mask, bias or rule may hide any key: no block goes without
     folded: bool  # the scale is part of Rule.unit
     products: str  # input_precision of tl.dot for fp32
@@ -51,7 +50,7 @@ class Shape(NamedTuple):
 @triton.jit(do_not_specialize=SIZES)
 def forward(
     q, k, v, out, lse, rule, sinks, sequences, dropout,
-    seqlen_q, seqlen_k, heads, blocks, batches, entries, splits,
+    seqlen_q, seqlen_k, bottom_right, left, right, group, heads, blocks, batches, entries, splits,
     shape: tl.constexpr, MASK_RULE: tl.constexpr,
 ):  # fmt: skip
     """out (batch, head, row, column) and lse (batch, head, row), natural logarithm.
@@ -64,12 +63,13 @@ def forward(
     block, rest = blocks - 1 - program % blocks, program // blocks
     head, rest = rest % heads * shape.pack, rest // heads
     batch, split = rest % batches, rest // batches
-    place = locate(sequences, batch, seqlen_q, seqlen_k, shape.bottom_right)
+    place = locate(sequences, batch, seqlen_q, seqlen_k, bottom_right, left, right)
     first = block * shape.block_m
     rows = place.len_q * shape.pack
     if first >= rows:
         return
 
+    kv_head = head // group
     row = first + tl.arange(0, shape.block_m)
     i, member = row // shape.pack, row % shape.pack
     in_q = (i + place.start_q).to(tl.int64) * q.row + member.to(tl.int64) * q.head
@@ -90,7 +90,7 @@ def forward(
 
     last = tl.minimum(first + shape.block_m, rows) - 1
     begin, whole, edge, end = key_range(
-        first // shape.pack, last // shape.pack, place, rule, shape.block_n
+        first // shape.pack, last // shape.pack, place, shape.block_n
     )
     if splits is not None:
         share = tl.cdiv(tl.cdiv(place.len_k, shape.block_n), splits) * shape.block_n
@@ -98,18 +98,18 @@ def forward(
         edge, end = within(edge, split, share), within(end, split, share)
     if shape.hidden_anywhere:
         whole, edge = begin, begin
-    if rule.left is not None:
+    if place.left is not None:
         m, l, acc = walk(
-            m, l, acc, q_tile, k, v, i, head, member, place, rule, sequences, dropout,
+            m, l, acc, q_tile, k, v, i, kv_head, head, member, place, rule, sequences, dropout,
             begin, whole, True, shape, MASK_RULE,
         )  # fmt: skip
     if not shape.hidden_anywhere:
         m, l, acc = walk(
-            m, l, acc, q_tile, k, v, i, head, member, place, rule, sequences, dropout,
+            m, l, acc, q_tile, k, v, i, kv_head, head, member, place, rule, sequences, dropout,
             whole, edge, False, shape, MASK_RULE,
         )  # fmt: skip
     m, l, acc = walk(
-        m, l, acc, q_tile, k, v, i, head, member, place, rule, sequences, dropout,
+        m, l, acc, q_tile, k, v, i, kv_head, head, member, place, rule, sequences, dropout,
         edge, end, True, shape, MASK_RULE,
     )  # fmt: skip
 
@@ -134,11 +134,10 @@ def within(position, split, share):
 
 @triton.jit
 def walk(
-    m, l, acc, q_tile, k, v, i, head, member, place, rule, sequences, dropout,
+    m, l, acc, q_tile, k, v, i, kv_head, head, member, place, rule, sequences, dropout,
     begin, end, MASKED: tl.constexpr, shape: tl.constexpr, MASK_RULE: tl.constexpr,
 ):  # fmt: skip
     """The inner loop: the state after the keys begin to end, in blocks from begin on."""
-    kv_head = head // shape.group
     k_start = keys_at(k, place, kv_head, shape.page_size)
     v_start = keys_at(v, place, kv_head, shape.page_size)
     query = i[:, None]
