@@ -28,6 +28,7 @@ from .launch import Launch, Result
 from .tiles import Tiles, padded
 
 LOG2_E = math.log2(math.e)
+STRIDES = ("", "_batch", "_head", "_row", "_column")
 
 
 @dataclass(frozen=True)
@@ -205,8 +206,8 @@ class Launches:
                 "seqlen_q": x.seqlen_q,
                 "seqlen_k": x.seqlen_k,
                 "bottom_right": int(x.causal != "top-left"),
-                "left": left,
-                "right": right,
+                "left": left or 0,
+                "right": right or 0,
                 "group": x.group,
                 "shape": self._shape(tiles, pack),
                 "MASK_RULE": x.mask_rule,
@@ -262,6 +263,7 @@ class Launches:
 
     def _shape(self, tiles: Tiles, pack: int) -> Shape:
         x = self.x
+        left, right = x.band
         return Shape(
             head_dim=x.head_dim,
             head_dim_v=x.head_dim_v,
@@ -269,6 +271,8 @@ class Launches:
             padded_dim_v=padded(x.head_dim_v),
             pack=pack,
             page_size=x.page_size,
+            bounded_left=left is not None,
+            bounded_right=right is not None,
             hidden_anywhere=not (x.mask is x.bias is x.mask_rule is None),
             folded=self._folded,
             products=choose.PRODUCTS,
@@ -307,8 +311,8 @@ class Launches:
             unit=LOG2_E * x.softmax_scale if self._folded else LOG2_E,
             softcap=x.softcap or None,
             alibi_slopes=x.alibi_slopes,
-            bias=matrix(x.bias),
-            mask=matrix(x.mask),
+            **{f"bias{end}": value for end, value in zip(STRIDES, matrix(x.bias), strict=True)},
+            **{f"mask{end}": value for end, value in zip(STRIDES, matrix(x.mask), strict=True)},
         )
 
     @cached_property

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .sequences import locate
-from .tensors import at
+from .tensors import score_offsets
 
 
 class Dropout(NamedTuple):
@@ -60,13 +60,9 @@ def keep_mask(
     block_k, rest = program % blocks_k, program // blocks_k
     block_q, rest = rest % blocks_q, rest // blocks_q
     head, batch = rest % heads, rest // heads
-    place = locate(sequences, batch, seqlen_q, seqlen_k, 0, None, None)
+    place = locate(sequences, batch, seqlen_q, seqlen_k, 0, 0, 0)
     i = (block_q * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     j = (block_k * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    pointers = (
-        at(out, place.entry, head)
-        + (i + place.start_q).to(tl.int64) * out.row
-        + (j + place.start_k).to(tl.int64) * out.column
-    )
+    pointers = out.ptr + score_offsets(place, head, i, j, out.batch, out.head, out.row, out.column)
     inside = (i < place.len_q) & (j < place.len_k)
     tl.store(pointers, kept(i, j, head, place, dropout), mask=inside)

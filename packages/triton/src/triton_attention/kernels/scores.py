@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .masks import visible
-from .tensors import Matrix, at
+from .tensors import score_offsets
 
 
 class Rule(NamedTuple):
@@ -23,8 +23,17 @@ class Rule(NamedTuple):
     unit: Any  # log2(e), or scale * log2(e) where the scale is folded
     softcap: Any
     alibi_slopes: Any  # pointer, (heads,) fp32
-    bias: Matrix  # (batch, head, query, key)
-    mask: Matrix  # the same, bool, True: visible
+    # Not as Matrix: Triton 3.6 loses constants in tuples of tuples.
+    bias: Any  # pointer, (batch, head, query, key), with its strides in elements
+    bias_batch: Any
+    bias_head: Any
+    bias_row: Any
+    bias_column: Any
+    mask: Any  # the same, bool, True: visible
+    mask_batch: Any
+    mask_head: Any
+    mask_row: Any
+    mask_column: Any
 
 
 @triton.jit
@@ -36,7 +45,7 @@ def tile(
     place,
     rule,
     MASKED: tl.constexpr,
-    FOLDED: tl.constexpr,
+    shape: tl.constexpr,
     MASK_RULE: tl.constexpr,
 ):
     """Scores of a tile, -inf where hidden if MASKED, and with a softcap their slope.
@@ -45,7 +54,7 @@ def tile(
     query head, a scalar or like i. The slope is d score / d (scale * product).
     """
     scores, slope = products, products
-    if not FOLDED:
+    if not shape.folded:
         scores = products * rule.scale
     if rule.softcap is not None:
         capped = tanh(scores / rule.softcap)
@@ -54,12 +63,10 @@ def tile(
         distance = tl.abs(i + place.diagonal - j)
         scores -= tl.load(rule.alibi_slopes + head) * distance.to(tl.float32)
     if MASKED:
-        seen = visible(i, j, head, place, rule, MASK_RULE)
-        if rule.bias.ptr is not None:
-            pointers = (
-                at(rule.bias, place.entry, head)
-                + (i + place.start_q).to(tl.int64) * rule.bias.row
-                + (j + place.start_k).to(tl.int64) * rule.bias.column
+        seen = visible(i, j, head, place, rule, shape, MASK_RULE)
+        if rule.bias is not None:
+            pointers = rule.bias + score_offsets(
+                place, head, i, j, rule.bias_batch, rule.bias_head, rule.bias_row, rule.bias_column
             )
             scores += tl.load(pointers, mask=seen, other=0.0).to(tl.float32)
         scores = tl.where(seen, scores, float("-inf"))

@@ -30,7 +30,7 @@ class Place(NamedTuple):
     start_k: Any
     len_k: Any
     diagonal: Any  # query i is aligned with key i + diagonal
-    left: Any  # keys that a query sees before and behind its diagonal; None: all
+    left: Any  # keys that a query sees before and behind its diagonal, where that is bounded
     right: Any
 
 

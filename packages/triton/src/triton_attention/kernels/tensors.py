@@ -59,6 +59,14 @@ def at(tensor, batch, head):
 
 
 @triton.jit
+def score_offsets(place, query_head, i, j, batch, head, row, column):
+    """Offsets, by these strides, of query i and key j in a tensor (batch, head, query, key)."""
+    start = place.entry.to(tl.int64) * batch + query_head.to(tl.int64) * head
+    rows = (i + place.start_q).to(tl.int64) * row
+    return start + rows + (j + place.start_k).to(tl.int64) * column
+
+
+@triton.jit
 def load_rows(start, offsets, column, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """Rows of a matrix as a tile [R, PADDED]; 0 beyond WIDTH columns and where not ``inside``.
 

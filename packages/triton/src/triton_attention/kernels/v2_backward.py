@@ -77,12 +77,12 @@ def keys_and_values(
     dk = tl.full([shape.block_n, shape.padded_dim], 0.0, tl.float32)
     dv = tl.full([shape.block_n, shape.padded_dim_v], 0.0, tl.float32)
     last = tl.minimum(first + shape.block_n, place.len_k) - 1
-    begin, whole, edge, end = query_range(first, last, place, shape.block_m)
+    begin, whole, edge, end = query_range(first, last, place, shape, shape.block_m)
     if shape.hidden_anywhere:
         whole, edge = begin, begin
     for member in range(group):
         head = kv_head * group + member
-        if place.right is not None:
+        if shape.bounded_right:
             dk, dv = over_rows(
                 dk, dv, k_tile, v_tile, q, grad_out, lse, deltas, j, head, place, rule, dropout,
                 begin, whole, True, shape, MASK_RULE,
@@ -127,9 +127,7 @@ def over_rows(
         )
         row_lse, row_delta = of_rows(lse, deltas, place, head, wide, inside)
         products = tl.dot(k_tile, tl.trans(q_tile), input_precision=shape.products)
-        s, slope = scores.tile(
-            products, query, key, head, place, rule, MASKED, shape.folded, MASK_RULE
-        )
+        s, slope = scores.tile(products, query, key, head, place, rule, MASKED, shape, MASK_RULE)
         p = tl.exp2(s * rule.unit - row_lse[None, :])
         g_tile = load_rows(
             g_start, wide * grad_out.row, grad_out.column, inside,
@@ -193,10 +191,10 @@ def queries(
     row_lse, row_delta = of_rows(lse, deltas, place, head, wide, inside)
     dq = tl.full([shape.block_m, shape.padded_dim], 0.0, tl.float32)
     last = tl.minimum(first + shape.block_m, place.len_q) - 1
-    begin, whole, edge, end = key_range(first, last, place, shape.block_n)
+    begin, whole, edge, end = key_range(first, last, place, shape, shape.block_n)
     if shape.hidden_anywhere:
         whole, edge = begin, begin
-    if place.left is not None:
+    if shape.bounded_left:
         dq = over_keys(
             dq, q_tile, g_tile, row_lse, row_delta, k, v, i, kv_head, head, place, rule,
             sequences, dropout, begin, whole, True, shape, MASK_RULE,
@@ -237,9 +235,7 @@ def over_keys(
             shape.head_dim, shape.padded_dim,
         )  # fmt: skip
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision=shape.products)
-        s, slope = scores.tile(
-            products, query, key, head, place, rule, MASKED, shape.folded, MASK_RULE
-        )
+        s, slope = scores.tile(products, query, key, head, place, rule, MASKED, shape, MASK_RULE)
         p = tl.exp2(s * rule.unit - row_lse[:, None])
         v_tile = load_rows(
             v_start, key_offsets(v, place, pages, j, shape.page_size), v.column, inside,

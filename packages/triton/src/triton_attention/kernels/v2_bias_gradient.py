@@ -10,7 +10,7 @@ import triton.language as tl
 from . import scores
 from .dropout import dropped
 from .sequences import key_offsets, keys_at, locate, pages_of
-from .tensors import at, load_rows
+from .tensors import at, load_rows, score_offsets
 from .v2_backward import of_rows
 
 SIZES = ["seqlen_q", "seqlen_k", "bottom_right", "left", "right", "group", "heads", "batches"]
@@ -63,10 +63,8 @@ def bias_gradient(
         total = tl.sum(total, 1, keep_dims=True)
         j = tl.zeros([1, 1], tl.int32)
         inside_k = j == 0
-    pointers = (
-        at(grad_bias, place.entry, first_head)
-        + (i + place.start_q).to(tl.int64) * grad_bias.row
-        + (j + place.start_k).to(tl.int64) * grad_bias.column
+    pointers = grad_bias.ptr + score_offsets(
+        place, first_head, i, j, grad_bias.batch, grad_bias.head, grad_bias.row, grad_bias.column
     )
     tl.store(pointers, total.to(grad_bias.ptr.dtype.element_ty), mask=inside_q & inside_k)
 
@@ -111,7 +109,7 @@ def gradient_of_scores(
     )  # fmt: skip
     row_lse, row_delta = of_rows(lse, deltas, place, head, wide, inside_q)
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=shape.products)
-    s, _ = scores.tile(products, query, key, head, place, rule, True, shape.folded, MASK_RULE)
+    s, _ = scores.tile(products, query, key, head, place, rule, True, shape, MASK_RULE)
     p = tl.exp2(s * rule.unit - row_lse[:, None])
     dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=shape.products)
     if dropout.seed is not None:

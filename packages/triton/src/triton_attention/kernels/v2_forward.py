@@ -39,6 +39,8 @@ class Shape(NamedTuple):
     padded_dim_v: int
     pack: int  # query heads that share a block of rows: 1 or all that read the same keys
     page_size: int | None
+    bounded_left: bool  # whether the band ends on that side
+    bounded_right: bool
     hidden_anywhere: bool  # a mask, bias or rule may hide any key: no block goes without
     folded: bool  # the scale is part of Rule.unit
     products: str  # input_precision of tl.dot for fp32
@@ -90,7 +92,7 @@ def forward(
 
     last = tl.minimum(first + shape.block_m, rows) - 1
     begin, whole, edge, end = key_range(
-        first // shape.pack, last // shape.pack, place, shape.block_n
+        first // shape.pack, last // shape.pack, place, shape, shape.block_n
     )
     if splits is not None:
         share = tl.cdiv(tl.cdiv(place.len_k, shape.block_n), splits) * shape.block_n
@@ -98,7 +100,7 @@ def forward(
         edge, end = within(edge, split, share), within(end, split, share)
     if shape.hidden_anywhere:
         whole, edge = begin, begin
-    if place.left is not None:
+    if shape.bounded_left:
         m, l, acc = walk(
             m, l, acc, q_tile, k, v, i, kv_head, head, member, place, rule, sequences, dropout,
             begin, whole, True, shape, MASK_RULE,
@@ -156,9 +158,7 @@ def walk(
             shape.head_dim, shape.padded_dim,
         )  # fmt: skip
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision=shape.products)
-        s, _ = scores.tile(
-            products, query, key, query_head, place, rule, MASKED, shape.folded, MASK_RULE
-        )
+        s, _ = scores.tile(products, query, key, query_head, place, rule, MASKED, shape, MASK_RULE)
         m_new = tl.maximum(m, tl.max(s, 1) * rule.unit)
         shift = m_new
         if MASKED:
