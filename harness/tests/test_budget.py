@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -247,6 +248,21 @@ def test_a_dominating_key_is_exact_and_a_near_one_is_not() -> None:
     assert bool(expectation(far, inputs, FLASH)["out"].exact.all())
     near, inputs = case("b1_h1x1_q16_k16_d16_fp16_dist=needles")
     assert not bool(expectation(near, inputs, FLASH)["out"].exact.any())
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("fp16", 2**11), ("bf16", 2**14)])
+def test_a_dominating_key_is_exact_while_the_rounding_of_its_score_does_not_show(
+    dtype: str, limit: int
+) -> None:
+    """exp2(x c - m c) in one multiply-add: P is 1 + e for the key of the maximum m, with |e| up to
+    u |m|; the row sum has it in fp32, P is rounded with it."""
+    problem = Problem(seqlen_q=1, seqlen_k=2, head_dim=1, scale=1.0, dtype=dtype)
+    inputs = make_inputs(problem)
+    # A score, a little below the limit and above it; the other key is a thousand below.
+    for score, exact in ((0.9 * limit, True), (1.1 * limit, False)):
+        side = math.sqrt(score)
+        inputs.q[:], inputs.k[..., 0, :], inputs.k[..., 1, :] = side, side, side - 1000 / side
+        assert bool(expectation(problem, inputs, FLASH)["out"].exact.all()) is exact
 
 
 @pytest.mark.parametrize("declared", [{"exp_error": 2.0**-11}, {"flushes_subnormals": True}])

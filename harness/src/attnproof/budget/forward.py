@@ -154,17 +154,23 @@ def _partial_sums(f: Forward, head: KeyHead, units: Units) -> tuple[Tensor, Tens
 
 def _one_key(head: KeyHead, soft: Softmax, chunk: ChunkScores, units: Units) -> Tensor:
     """Rows, bool (G, R), in which every P but one is 0 in fp32 whatever the rounding, and that one
-    rounds to 1: out is a row of V, exactly, where V is stored in 16 bits."""
+    rounds to 1: out is a row of V, exactly, where V is stored in 16 bits.
+
+    A kernel that computes exp(x c - m c) with one multiply-add has rounded m c, by u |m c|: that is
+    the same for P and for the row sum, but must not show when P is rounded to 16 bits.
+    """
     problem = head.problem
     sixteen_bits = units.u_out > max(units.u, 3 * units.exp) and not units.flush
     if not sixteen_bits or problem.dropout or problem.sinks or not chunk.scores.shape[-1]:
         return torch.zeros(chunk.scores.shape[:2], dtype=torch.bool, device=chunk.scores.device)
     reachable = (soft.log_p + soft.delta).masked_fill(~chunk.visible, -torch.inf)
+    largest = chunk.scores.amax(-1).abs()
+    shows = units.u * largest > units.u_out / 4
     # The one key's own error counts against it; below -110 nats exp is 0 in fp32.
     top = reachable.argmax(-1, keepdim=True)
     own = soft.delta.gather(-1, top)[..., 0]
     others = reachable.scatter(-1, top, -torch.inf).amax(-1)
-    return chunk.visible.any(-1) & (others + own < -110)
+    return chunk.visible.any(-1) & (others + own < -110) & ~shows
 
 
 def _spread(f: Forward, head: KeyHead, units: Units) -> None:
