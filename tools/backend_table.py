@@ -63,10 +63,29 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def main(folder: Path, by: str, judge: bool, only: str | None = None) -> None:
+def keep(file: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Write what the results say of whole backends; of others the file keeps what it says."""
+    kept = json.loads(file.read_text("utf-8"))["backends"] if file.exists() else {}
+    for name, result in results.items():
+        summary = {key: result["summary"][key] for key in ("verdict", "line", "counts")}
+        kept[name] = {
+            "environment": result["environment"],
+            "level": result["run"]["level"],
+            **summary,
+            "features": result["features"],
+        }
+    what = "verdicts of attnproof check by backend and feature; seconds are summed over processes"
+    text = json.dumps({"what": what, "backends": dict(sorted(kept.items()))}, indent=1)
+    file.write_text(text + "\n", "utf-8")
+
+
+def main(
+    folder: Path, by: str, judge: bool, only: str | None = None, write: Path | None = None
+) -> None:
     """Print the table and why a backend could not be judged."""
     files = sorted(folder.glob("*.json"), key=lambda path: path.stem)
-    results = {path.stem: json.loads(path.read_text("utf-8")) for path in files}
+    found = {path.stem: json.loads(path.read_text("utf-8")) for path in files}
+    results = {name: result for name, result in found.items() if "cases" in result}
     if only is not None:
         chosen = only.split(",")
         if missing := [name for name in chosen if name not in results]:
@@ -75,6 +94,8 @@ def main(folder: Path, by: str, judge: bool, only: str | None = None) -> None:
     if not results:
         sys.exit(f"{folder}: no results; run python -m nox -s check")
     print(markdown(table(results, by)))
+    if write is not None:
+        keep(write, results)
     statuses = {name: result["summary"]["exit_status"] for name, result in results.items()}
     for name, status in statuses.items():
         if status == NOT_JUDGED:
@@ -90,4 +111,5 @@ if __name__ == "__main__":
     parser.add_argument("--by", choices=("feature", "chapter"), default="feature")
     parser.add_argument("--judge", action="store_true")
     parser.add_argument("--only", metavar="NAME,NAME…", help="these backends, in this order")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="keep verdicts by feature there")
     main(**vars(parser.parse_args()))

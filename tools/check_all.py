@@ -3,15 +3,16 @@
 Usage: python tools/check_all.py FOLDER [NAME=PROGRAM...] [--together N] [-- OPTION...]
 
 PROGRAM is the ``attnproof`` of the environment that NAME is installed in; without any, all that are
-registered in this environment are judged. Results go to FOLDER/NAME.json, what a run prints is
-printed when it ends, and OPTIONs go to every run. N runs go on at a time, one per core unless
-given, and share the cores: one run after the other would start, and wait for its slowest case, as
-often with every core but one idle. The exit status is 1 when a run ended otherwise than with a
-verdict.
+registered in this environment are judged, by the ``attnproof`` beside its Python or on the PATH.
+Results go to FOLDER/NAME.json, what a run prints is printed when it ends, and OPTIONs go to every
+run. N runs go on at a time, one per core unless given, and share the cores: one run after the other
+would start, and wait for its slowest case, as often with every core but one idle. The exit status
+is 1 when a run ended otherwise than with a verdict.
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 VERDICTS = (0, 1, 3)  # conforms, does not, nothing could be judged
-ATTNPROOF = Path(sys.executable).parent / "attnproof"
+BESIDE = Path(sys.executable).parent
 
 
 def cores() -> int:
@@ -84,7 +85,10 @@ def parse(words: Sequence[str]) -> tuple[Path, dict[str, str], int, Sequence[str
     programs = dict(program.split("=", 1) for program in given.programs)
     if not programs:
         names = sorted(point.name for point in entry_points(group="attnproof.backends"))
-        programs = dict.fromkeys(names, str(ATTNPROOF))
+        attnproof = shutil.which("attnproof", path=BESIDE) or shutil.which("attnproof")
+        if attnproof is None:
+            parser.error(f"no program attnproof beside {sys.executable} or on the PATH")
+        programs = dict.fromkeys(names, attnproof)
     return given.folder, programs, given.together, options
 
 

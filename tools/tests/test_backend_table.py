@@ -106,3 +106,27 @@ def test_some_backends_only_in_the_order_given(tmp_path, capsys):
     assert [cell.strip() for cell in header.split("|")[1:-1]] == ["feature", "c", "a"]
     with pytest.raises(SystemExit, match="--only d: there are results of a, b, c"):
         backend_table.main(tmp_path, by="feature", judge=False, only="d")
+
+
+def result(verdict):
+    summary = {"exit_status": 0, "verdict": verdict, "line": "…", "counts": {"cases": 1}}
+    run = {"run": {"level": "full"}, "environment": {"date": "2026-01-01"}, "features": []}
+    return run | {"summary": summary, "cases": [case()]}
+
+
+def test_what_is_kept_of_a_run_stays_until_that_backend_is_judged_again(tmp_path):
+    kept, results = tmp_path / "kept.json", tmp_path / "results"
+    results.mkdir()
+    (results / "doctor.json").write_text("{}")  # is no result
+    for names in ("ab", "b"):
+        for name in names:
+            (results / f"{name}.json").write_text(json.dumps(result(f"{name} of {names}")))
+        backend_table.main(results, by="feature", judge=True, write=kept)
+        (results / "a.json").unlink(missing_ok=True)
+    backends = json.loads(kept.read_text())["backends"]
+    assert {name: entry["verdict"] for name, entry in backends.items()} == {
+        "a": "a of ab",
+        "b": "b of b",
+    }
+    assert backends["a"]["level"] == "full"
+    assert "cases" not in backends["a"]

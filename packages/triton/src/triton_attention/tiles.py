@@ -91,6 +91,17 @@ def padded(size: int) -> int:
     return max(16, power_of_two(size))
 
 
+def padded_dims(head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """What both dimensions are padded to in the tiles of one kernel.
+
+    A dimension of 32 or less beside one of 64 or more gets 64: on Hopper, Triton 3.6 multiplies a
+    tile by the wrong rows of a narrow one (all but the first 16) that follows a wide one through
+    shared memory, where loads are not pipelined.
+    """
+    least = min(64, padded(max(head_dim, head_dim_v)))
+    return max(padded(head_dim), least), max(padded(head_dim_v), least)
+
+
 def power_of_two(size: int) -> int:
     """The smallest power of two that is not below ``size``."""
     return 1 << max(0, size - 1).bit_length()

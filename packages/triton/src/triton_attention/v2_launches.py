@@ -25,7 +25,7 @@ from .kernels.v2_bias_gradient import bias_gradient
 from .kernels.v2_combine import combine
 from .kernels.v2_forward import Shape, forward
 from .launch import Launch, Result
-from .tiles import Tiles, padded
+from .tiles import Tiles, padded, padded_dims
 
 LOG2_E = math.log2(math.e)
 STRIDES = ("", "_batch", "_head", "_row", "_column")
@@ -267,8 +267,8 @@ class Launches:
         return Shape(
             head_dim=x.head_dim,
             head_dim_v=x.head_dim_v,
-            padded_dim=padded(x.head_dim),
-            padded_dim_v=padded(x.head_dim_v),
+            padded_dim=self._kind.padded_dim,
+            padded_dim_v=self._kind.padded_dim_v,
             pack=pack,
             page_size=x.page_size,
             bounded_left=left is not None,
@@ -288,11 +288,12 @@ class Launches:
     @cached_property
     def _kind(self) -> choose.Kind:
         x = self.x
+        dim, dim_v = padded_dims(x.head_dim, x.head_dim_v)
         return choose.Kind(
             gpu=self._gpu,
             itemsize=x.q.element_size(),
-            padded_dim=padded(x.head_dim),
-            padded_dim_v=padded(x.head_dim_v),
+            padded_dim=dim,
+            padded_dim_v=dim_v,
             elementwise=not (x.mask is x.bias is None),
         )
 
