@@ -7,7 +7,7 @@
 # under RESULTS as it comes (checks and calibrations go on from what lies there) and prints a short
 # table last. PARTs, all but the calibrations unless named:
 #   checks     judge every backend that the GPU can run; BACKENDS names some, LEVEL=full judges more
-#   tests      the tests of the Triton kernels that need a GPU: precision, 250 repeats under load
+#   tests      the tests of the Triton kernels: against fp64, precision, 250 repeats under load
 #   sanitize   compute-sanitizer (memcheck, initcheck, racecheck) on a cover of the Triton kernels
 #   cuda, cpu  calibrate the error budget on torch's kernels, PROBLEMS random problems each
 # ATTNPROOF_COMMIT names the commit where there is no git checkout, SECONDS_EACH limits a part.
@@ -32,7 +32,8 @@ checks() {
 tests() {
   # Outside of the checkout, whose settings ask for plugins that need not be here.
   timeout "$limit" python3 -m pytest -q -rf -p no:cacheprovider -c /dev/null --import-mode=importlib \
-    --rootdir=packages/triton/tests packages/triton/tests/test_{precision,repeats}.py \
+    -n "${WORKERS:-8}" --rootdir=packages/triton \
+    packages/triton/tests/test_{precision,repeats,v1,v2,v2_decoding,mask_rule}.py \
     >"$results/tests.txt" 2>&1 || echo "tests: exit status $?"
 }
 

@@ -121,8 +121,8 @@ def complaints(x: Arguments) -> Iterator[str]:
     yield from _lengths(x)
     keys = x.seqlen_k if x.cu_seqlens_k is None else x.k.shape[2]
     scores = (x.q.shape[0], x.heads_q, x.q.shape[2], keys)
-    yield from _scores("mask", x.mask, torch.bool, scores, paged=x.page_table is not None)
-    yield from _scores("bias", x.bias, x.q.dtype, scores, paged=x.page_table is not None)
+    yield from _scores("mask", x.mask, torch.bool, scores, x)
+    yield from _scores("bias", x.bias, x.q.dtype, scores, x)
     for name in ("alibi_slopes", "sinks"):
         yield from _form(name, getattr(x, name), torch.float32, (x.heads_q,), x)
 
@@ -153,17 +153,27 @@ def _matrices(x: Arguments) -> Iterator[str]:
 def _numbers(x: Arguments) -> Iterator[str]:
     if x.causal not in CAUSAL:
         yield f"causal={x.causal!r}: accepted are {', '.join(CAUSAL)}"
-    if x.scale is not None and not math.isfinite(x.scale):
+    if x.scale is not None and not _finite(x.scale):
         yield f"scale={x.scale!r}: accepted is a finite number, or None"
-    if not (math.isfinite(x.softcap) and x.softcap >= 0):
+    if not (_finite(x.softcap) and x.softcap >= 0):
         yield f"softcap={x.softcap!r}: accepted is 0 (off) or more"
-    if not 0 <= x.dropout_p < 1:
+    if not (_finite(x.dropout_p) and 0 <= x.dropout_p < 1):
         yield f"dropout_p={x.dropout_p!r}: accepted is a number in [0, 1)"
-    window = x.window
-    if window is not None and (len(window) != 2 or any(w is not None and w < 0 for w in window)):
-        yield f"window={window!r}: accepted is None or (left, right), each None or 0 or more"
+    if x.window is not None and not _bounds(x.window):
+        yield f"window={x.window!r}: accepted is None or (left, right), each None or 0 or more"
     if x.mask_rule is not None and not isinstance(x.mask_rule, Callable):  # type: ignore[arg-type]
         yield f"mask_rule={x.mask_rule!r}: accepted is a function with @triton.jit, or None"
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _bounds(window: object) -> bool:
+    """Whether these are two bounds, each None or 0 or more."""
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        return False
+    return all(bound is None or (isinstance(bound, int) and bound >= 0) for bound in window)
 
 
 def _lengths(x: Arguments) -> Iterator[str]:
@@ -188,7 +198,7 @@ def _lengths(x: Arguments) -> Iterator[str]:
         yield "cu_seqlens_k has another length than cu_seqlens_q: accepted is the same"
     elif batch != 1:
         yield f"q has batch {batch}: accepted is 1 with cu_seqlens_q"
-    for name in ("key_lengths", "page_table"):
+    for name in ("page_table", "key_lengths"):
         if getattr(x, name) is not None:
             yield f"{name} is given with cu_seqlens_q: accepted is one of them"
 
@@ -210,7 +220,7 @@ def _form(
 
 
 def _scores(
-    name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], *, paged: bool
+    name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], x: Arguments
 ) -> Iterator[str]:
     """A mask or bias; behind the keys that a page table has room for it may end."""
     if tensor is None:
@@ -218,11 +228,14 @@ def _scores(
     fits = isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.dtype == dtype
     if fits:
         found = list(tensor.shape)
-        if paged and found[3] <= shape[3]:
+        if x.page_table is not None and found[3] <= shape[3]:
             found[3] = 1
         fits = all(n in (1, size) for n, size in zip(found, shape, strict=True))
-    if not fits:
-        yield f"{name} is {_described(tensor)}: accepted is {dtype} that broadcasts to {shape}"
+    if not fits or tensor.device != x.q.device:
+        yield (
+            f"{name} is {_described(tensor)}: accepted is {dtype} on {x.q.device} that broadcasts "
+            f"to {shape}"
+        )
 
 
 def _described(value: object) -> str:

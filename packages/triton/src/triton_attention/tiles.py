@@ -134,14 +134,14 @@ def keys_tiles(kind: Kind, rows: int, keys: int) -> Tiles:
     """Of dK and dV: block_n keys stay, block_m rows of q and dO pass by."""
     if kind.gpu is NO_GPU:
         return _interpreted(rows, keys)
-    return _fitting(_KEYS[kind.itemsize][kind.widest], kind, "block_n", kind.both)
+    return _fitting(_KEYS[kind.itemsize][kind.widest], kind, "block_n", kind.both, scores=True)
 
 
 def queries_tiles(kind: Kind, rows: int, keys: int) -> Tiles:
     """Of dQ: block_m rows of q and dO stay, block_n keys pass by."""
     if kind.gpu is NO_GPU:
         return _interpreted(rows, keys)
-    return _fitting(_QUERIES[kind.itemsize][kind.widest], kind, "block_m", kind.both)
+    return _fitting(_QUERIES[kind.itemsize][kind.widest], kind, "block_m", kind.both, scores=True)
 
 
 def bias_tiles(kind: Kind, rows: int, keys: int) -> Tiles:
@@ -178,11 +178,11 @@ def _interpreted(rows: int, keys: int) -> Tiles:
     return Tiles(block_m=block(rows), block_n=block(keys))
 
 
-def _fitting(tiles: Tiles, kind: Kind, stays: str, columns: int) -> Tiles:
+def _fitting(tiles: Tiles, kind: Kind, stays: str, columns: int, *, scores: bool = False) -> Tiles:
     """Those tiles, or the largest smaller ones that shared memory has room for.
 
     Blocks of ``columns`` stay there, blocks of k and v (or q and dO) pass by, as many at a time as
-    there are stages.
+    there are stages, and of ``scores`` a tile where they change their layout between two products.
     """
     passes = "block_n" if stays == "block_m" else "block_m"
     while True:
@@ -190,6 +190,7 @@ def _fitting(tiles: Tiles, kind: Kind, stays: str, columns: int) -> Tiles:
         if kind.elementwise:
             passing += 2 * tiles.block_m * tiles.block_n
         needed = getattr(tiles, stays) * columns + tiles.num_stages * passing
+        needed += scores * tiles.block_m * tiles.block_n
         if needed * kind.itemsize <= kind.gpu.shared_memory:
             return tiles
         if tiles.num_stages > 1:

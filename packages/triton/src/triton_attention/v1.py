@@ -38,11 +38,10 @@ def attention(
 
 
 def forward_launch(x: Arguments, tiles: Tiles | None = None) -> Result:
-    """out, l and m, as line 2 has them, and the launch that makes them what they should be."""
+    """The launch that makes out (B, Hq, Sq, Dv), l and m (B, Hq, Sq), all fp32."""
     shape = (*x.q.shape[:3], x.head_dim_v)
-    out = x.q.new_zeros(shape, dtype=torch.float32)
-    l = torch.zeros_like(out[..., 0])
-    m = torch.full_like(l, -torch.inf)
+    out = x.q.new_empty(shape, dtype=torch.float32)
+    l, m = (out.new_empty(shape[:-1]) for _ in range(2))
     tiles = tiles or v1_tiles(_kind(x), x.seqlen_q, x.seqlen_k)
     launch = Launch(
         kernel=forward,
@@ -61,7 +60,7 @@ def backward_launch(
     tiles: Tiles | None = None,
 ) -> Result:
     """The gradients of q (fp32), k and v, from what forward has left."""
-    grad_q = torch.zeros_like(x.q, dtype=torch.float32)  # line 5
+    grad_q = torch.empty_like(x.q, dtype=torch.float32)
     grad_k, grad_v = torch.empty_like(x.k), torch.empty_like(x.v)
     tiles = tiles or v1_tiles(_kind(x), x.seqlen_q, x.seqlen_k)
     own = {

@@ -118,8 +118,10 @@ class _Attention(torch.autograd.Function):
         ctx.x = x
         ctx.set_materialize_grads(False)
         # Saved through autograd, which then notices when one of them is changed in place.
-        others = (x.alibi_slopes, x.mask, x.key_lengths, x.cu_seqlens_q, x.cu_seqlens_k)
-        ctx.save_for_backward(q, k, v, bias, sinks, seed, out, lse, *others)
+        lengths = (x.key_lengths, x.page_table, x.cu_seqlens_q, x.cu_seqlens_k)
+        ctx.save_for_backward(
+            q, k, v, bias, sinks, seed, out, lse, x.alibi_slopes, x.mask, *lengths
+        )
         return out, lse
 
     @staticmethod

@@ -53,13 +53,13 @@ class Launches:
         batch, heads, length, _ = x.q.shape
         shape = (batch, heads, length, x.head_dim_v)
         out, lse = x.q.new_empty(shape), x.q.new_empty(shape[:-1], dtype=torch.float32)
-        if x.cu_seqlens_q is not None:  # rows behind the last sequence see no key
-            out.zero_()
-            lse.fill_(-torch.inf)
         found, found_lse = out, lse
         if splits > 1:
             found = out.new_empty((splits * batch, *shape[1:]), dtype=torch.float32)
             found_lse = lse.new_empty((splits * batch, *shape[1:-1]))
+        if x.cu_seqlens_q is not None:  # rows behind the last sequence see no key
+            found.zero_()
+            found_lse.fill_(-torch.inf)
         launches = [
             self._launch(
                 forward,
@@ -98,7 +98,7 @@ class Launches:
         and ``delta``, rowsum(dO * O) - dLSE, (B, Hq, Sq) fp32."""
         x = self.x
         deltas = torch.empty_like(lse)
-        launches = [self._delta(out, grad_out, grad_lse, deltas)]
+        launches = [self._delta(out, grad_out, grad_lse, deltas, tiles)]
         tensors = {"delta": deltas}
         saved: dict[str, Any] = {
             "q": matrix(x.q),
@@ -165,7 +165,8 @@ class Launches:
     def _bias_gradient(self, grad_bias: Tensor, tiles: Tiles, saved: dict[str, Any]) -> Launch:
         x = self.x
         over_batches, over_heads, over_queries, over_keys = (size == 1 for size in grad_bias.shape)
-        if x.cu_seqlens_q is not None:
+        packed = x.cu_seqlens_q is not None
+        if packed:
             # Sequences lie along queries and keys: they share an element only where both are one.
             over_batches = over_queries and over_keys
         blocks_q, blocks_k = _ceil(x.seqlen_q, tiles.block_m), _ceil(x.seqlen_k, tiles.block_n)
@@ -182,6 +183,8 @@ class Launches:
             "batches": x.batches,
             "blocks_q": blocks_q,
             "blocks_k": blocks_k,
+            # A bias may end before the pages do.
+            "seqlen_k": x.seqlen_k if over_keys or packed else grad_bias.shape[3],
             "OVER_BATCHES": over_batches,
             "OVER_HEADS": over_heads,
             "OVER_QUERIES": over_queries,
@@ -199,7 +202,6 @@ class Launches:
             kernel=kernel,
             grid=(programs,),
             arguments={
-                **arguments,
                 "rule": self._rule,
                 "sequences": self._sequences,
                 "dropout": self._dropout,
@@ -211,15 +213,21 @@ class Launches:
                 "group": x.group,
                 "shape": self._shape(tiles, pack),
                 "MASK_RULE": x.mask_rule,
+                **arguments,
             },
             options=tiles.options,
         )
 
     def _delta(
-        self, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, deltas: Tensor
+        self,
+        out: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        deltas: Tensor,
+        tiles: Tiles | None,
     ) -> Launch:
         batch, heads, rows, width = out.shape
-        tiles = choose.rows_tiles(self._gpu, rows)
+        tiles = tiles or choose.rows_tiles(self._gpu, rows)
         blocks = _ceil(rows, tiles.block_m)
         return Launch(
             kernel=delta,
@@ -228,7 +236,7 @@ class Launches:
                 "out": matrix(out),
                 "grad_out": matrix(grad_out),
                 "grad_lse": vector(grad_lse),
-                "result": vector(deltas),
+                "deltas": vector(deltas),
                 "rows": rows,
                 "heads": heads,
                 "blocks": blocks,

@@ -47,9 +47,7 @@ def vector(tensor: Tensor | None) -> Vector:
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    # The last dimension keeps its stride: 1 tells the compiler that rows are contiguous.
-    *outer, last = (0 if size == 1 else stride for size, stride in sizes)
-    return (*outer, tensor.stride(-1) if tensor.shape[-1] == 1 else last)
+    return tuple(0 if size == 1 else stride for size, stride in sizes)
 
 
 @triton.jit

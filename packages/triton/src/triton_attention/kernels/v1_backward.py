@@ -20,13 +20,21 @@ def backward(
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, HEAD_DIM_V: tl.constexpr, PADDED_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """grad_q (batch, head, row, column) fp32, which begins as 0 (line 5), grad_k and grad_v.
+    """grad_q (batch, head, row, column) fp32, grad_k and grad_v.
 
     ``heads`` are heads of keys, each with the GROUP query heads that read it. Grid: heads x batch.
     """
     kv_head, batch = tl.program_id(0) % heads, tl.program_id(0) // heads
     k_start, v_start = at(k, batch, kv_head), at(v, batch, kv_head)
     dk_start, dv_start = at(grad_k, batch, kv_head), at(grad_v, batch, kv_head)
+    for member in range(GROUP):
+        dq_start = at(grad_q, batch, kv_head * GROUP + member)
+        for row in range(0, seqlen_q, BLOCK_M):  # line 5
+            i = row + tl.arange(0, BLOCK_M)
+            zeros = tl.zeros([BLOCK_M, PADDED], tl.float32)
+            offsets = i.to(tl.int64) * grad_q.row
+            store_rows(zeros, dq_start, offsets, grad_q.column, i < seqlen_q, HEAD_DIM, PADDED)
+    tl.debug_barrier()  # before other threads of this block read it
     for key in range(0, seqlen_k, BLOCK_N):  # line 6
         j = key + tl.arange(0, BLOCK_N)
         wide_j, inside_j = j.to(tl.int64), j < seqlen_k

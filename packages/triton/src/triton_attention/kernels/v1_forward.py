@@ -27,13 +27,23 @@ def forward(
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, HEAD_DIM_V: tl.constexpr, PADDED_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out (batch, head, row, column) fp32, l and m (batch, head, row) fp32, which begin as 0, 0 and
-    -inf (line 2). Grid: heads x batch: nothing else is parallel, as all rows change in every step.
+    """out (batch, head, row, column) fp32, l and m (batch, head, row) fp32.
+
+    Grid: heads x batch: nothing else is parallel, as all rows change in every step.
     """
     head, batch = tl.program_id(0) % heads, tl.program_id(0) // heads
     q_start, out_start = at(q, batch, head), at(out, batch, head)
     k_start, v_start = at(k, batch, head // GROUP), at(v, batch, head // GROUP)
     l_start, m_start = at(l, batch, head), at(m, batch, head)
+    for row in range(0, seqlen_q, BLOCK_M):  # line 2
+        i = row + tl.arange(0, BLOCK_M)
+        wide_i, inside = i.to(tl.int64), i < seqlen_q
+        zeros = tl.zeros([BLOCK_M, PADDED_V], tl.float32)
+        store_rows(zeros, out_start, wide_i * out.row, out.column, inside, HEAD_DIM_V, PADDED_V)
+        tl.store(l_start + wide_i * l.row, tl.zeros([BLOCK_M], tl.float32), mask=inside)
+        lowest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        tl.store(m_start + wide_i * m.row, lowest, mask=inside)
+    tl.debug_barrier()  # before other threads of this block read it
     for key in range(0, seqlen_k, BLOCK_N):  # line 5
         j = key + tl.arange(0, BLOCK_N)
         wide_j = j.to(tl.int64)
@@ -41,8 +51,7 @@ def forward(
         v_j = load_rows(v_start, wide_j * v.row, v.column, j < seqlen_k, HEAD_DIM_V, PADDED_V)
         for row in range(0, seqlen_q, BLOCK_M):  # line 7
             i = row + tl.arange(0, BLOCK_M)
-            inside = i < seqlen_q
-            wide_i = i.to(tl.int64)
+            wide_i, inside = i.to(tl.int64), i < seqlen_q
             q_i = load_rows(q_start, wide_i * q.row, q.column, inside, HEAD_DIM, PADDED)  # line 8
             o_i = load_rows(out_start, wide_i * out.row, out.column, inside, HEAD_DIM_V, PADDED_V)
             l_i = tl.load(l_start + wide_i * l.row, mask=inside, other=0.0)
@@ -55,10 +64,10 @@ def forward(
             p = tl.exp(s - finite(m_tile)[:, None])
             l_tile = tl.sum(p, 1)
             m_new = tl.maximum(m_i, m_tile)  # line 11
-            old, new = tl.exp(m_i - finite(m_new)), tl.exp(m_tile - finite(m_new))
-            l_new = old * l_i + new * l_tile
+            old, new = tl.exp(m_i - finite(m_new)) * l_i, tl.exp(m_tile - finite(m_new))
+            l_new = old + new * l_tile
             pv = tl.dot(p.to(v_j.dtype), v_j, input_precision=PRODUCTS)  # line 12
-            o_i = (old * l_i)[:, None] * o_i + new[:, None] * pv
+            o_i = old[:, None] * o_i + new[:, None] * pv
             o_i = o_i / tl.where(l_new == 0.0, 1.0, l_new)[:, None]
             store_rows(o_i, out_start, wide_i * out.row, out.column, inside, HEAD_DIM_V, PADDED_V)
             tl.store(l_start + wide_i * l.row, l_new, mask=inside)  # line 13

@@ -20,10 +20,10 @@ SIZES = ["seqlen_q", "seqlen_k", "bottom_right", "left", "right", "group", "head
 
 @triton.jit(do_not_specialize=["rows", "heads", "blocks"])
 def delta(
-    out, grad_out, grad_lse, result, rows, heads, blocks,
+    out, grad_out, grad_lse, deltas, rows, heads, blocks,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """result (batch, head, row) = rowsum(dO * O) - dLSE, which dS = P * (dP - result) needs.
+    """deltas (batch, head, row) = rowsum(dO * O) - dLSE, which dS = P * (dP - delta) needs.
 
     Grid: blocks of rows x heads x batch entries.
     """
@@ -40,7 +40,7 @@ def delta(
     total = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     if grad_lse.ptr is not None:
         total -= tl.load(at(grad_lse, entry, head) + wide * grad_lse.row, mask=inside, other=0.0)
-    tl.store(at(result, entry, head) + wide * result.row, total, mask=inside)
+    tl.store(at(deltas, entry, head) + wide * deltas.row, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
