@@ -12,6 +12,8 @@ from .recipe import DTYPES, dims, heads, joined, lengths, turning
 # Groups of 1, 2, 3, 5, 7 and 8, more than one key/value head, counts that differ from the group.
 GROUPS = heads((6, 2), (8, 4), (10, 2), (14, 2), (24, 3), (5, 1), (12, 6))
 VALUE_DIMS = dims((64, 128), (128, 64), (64, 32), (40, 24), (96, 64), (192, 128))
+# Rows of no multiple of 16 bytes, beside rows that are padded to another width.
+ODD_VALUE_DIMS = dims((56, 12), (24, 72), (136, 40))
 RULES: tuple[dict[str, Any], ...] = ({}, {"causal": "top-left"}, {"causal": "bottom-right"})
 
 
@@ -50,7 +52,7 @@ def test_groups(problem: Problem, subject: Subject) -> None:
     full=joined(
         problems(
             {
-                "dims": VALUE_DIMS,
+                "dims": (*VALUE_DIMS, *ODD_VALUE_DIMS),
                 "lengths": lengths((1, 127), (65, 100), (129, 64)),
                 "dtype": DTYPES,
             },
