@@ -38,7 +38,7 @@ tests() {
 }
 
 sanitize() {
-  local tool
+  local tool share shares=5
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck initcheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 9 python3 tools/sanitize.py --planted \
@@ -46,8 +46,10 @@ sanitize() {
     [[ $? == 9 ]] || echo "sanitize: $tool did not find what was planted"
   done
   for tool in memcheck initcheck racecheck; do
-    timeout "$limit" compute-sanitizer --tool "$tool" --error-exitcode 9 python3 tools/sanitize.py \
-      >"$results/sanitize-$tool.txt" 2>&1 &
+    for ((share = 0; share < shares; share++)); do
+      timeout "$limit" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        python3 tools/sanitize.py "$share/$shares" >"$results/sanitize-$tool-$share.txt" 2>&1 &
+    done
   done
   wait
   unset PYTORCH_NO_CUDA_MEMORY_CACHING

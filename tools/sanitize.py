@@ -1,11 +1,12 @@
 """Run the Triton kernels once on a cover of their variants, for compute-sanitizer to watch.
 
-Usage: compute-sanitizer --tool TOOL --error-exitcode 9 python tools/sanitize.py [--planted]
+Usage: compute-sanitizer --tool TOOL --error-exitcode 9 python tools/sanitize.py [K/N | --planted]
 
 The cover: of the cases of level quick one for each combination of features, dtype, head_dim and
-shape of the mask, forward and backward. Nothing is judged here; ``attnproof check`` does that. With
---planted a kernel that reads, uninitialised, behind the end of a tensor runs instead: memcheck and
-initcheck must find it. Set PYTORCH_NO_CUDA_MEMORY_CACHING=1, or tensors share allocations.
+shape of the mask, forward and backward. Nothing is judged here; ``attnproof check`` does that. K/N
+runs every Nth problem from the Kth on, counted from 0. With --planted a kernel that reads,
+uninitialised, behind the end of a tensor runs instead: memcheck and initcheck must find it. Set
+PYTORCH_NO_CUDA_MEMORY_CACHING=1, or tensors share allocations.
 """
 
 import sys
@@ -61,8 +62,9 @@ def main() -> None:
     if "--planted" in sys.argv:
         planted()
     else:
+        first, step = map(int, sys.argv[1].split("/")) if sys.argv[1:] else (0, 1)
         ran = 0
-        for problem in cover():
+        for problem in cover()[first::step]:
             for backend in (triton_v1, triton_v2):
                 if not backend.capabilities.unsupported_reasons(problem):
                     call = on_gpu(problem)

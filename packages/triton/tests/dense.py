@@ -159,8 +159,12 @@ def check(
     function: Callable[..., Any],
     arguments: Mapping[str, Any],
     grads: tuple[Tensor, ...] | None = None,
+    room: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Hold out, LSE and all gradients against the formula; what was found."""
+    """Hold out, LSE and all gradients against the formula, within ``room`` times the tolerance.
+
+    Gives what was found.
+    """
     q, v = arguments["q"], arguments["v"]
     if grads is None:
         out = torch.randn(*q.shape[:3], v.shape[3]).to(q)
@@ -178,5 +182,5 @@ def check(
     measured = errors(found, expected)
     for name, error in measured.items():
         limit = LSE_TOLERANCE if name == "lse" else TOLERANCE[q.dtype]
-        assert error <= limit, f"{name} is off by {error:.1e}: {measured}"
+        assert error <= room * limit, f"{name} is off by {error:.1e}: {measured}"
     return found

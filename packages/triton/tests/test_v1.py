@@ -92,7 +92,8 @@ def test_one_gradient_and_a_change_in_place(name, device):
     out, _ = attention_v1(**(given | {name: leaf}))
     (found,) = torch.autograd.grad(out.sum(), leaf, retain_graph=True)
     grads = (torch.ones(2, HQ, 70, 40).to(device),)
-    assert torch.equal(found, dense.results(attention_v1, given, grads)[name])
+    # Not to the bit: a gradient that comes in with other strides has a kernel of its own.
+    torch.testing.assert_close(found, dense.results(attention_v1, given, grads)[name])
     with torch.no_grad():
         leaf.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

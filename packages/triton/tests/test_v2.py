@@ -104,7 +104,8 @@ def test_head_dims(d, dv, dtype, device):
 @pytest.mark.parametrize("options", [{}, {"causal": "bottom-right", "sinks": torch.ones(HQ)}])
 def test_empty_and_smallest(sq, sk, options, device):
     given = {"bias": randn(B, 1, sq, sk), "dropout_p": 0.5, **options}
-    dense.check(attention, arguments(device, **qkv(sq, sk), **given))
+    # With one key dP - delta is what rounding leaves of numbers that are the same.
+    dense.check(attention, arguments(device, **qkv(sq, sk), **given), room=50)
 
 
 def test_an_empty_batch(device):
