@@ -59,11 +59,11 @@ def traffic(
     else:
         out = console()
         with broken_pipe_is_fine():
-            out.print(overview(setting, found))
-            out.print(by_tensor(found))
+            out.print(overview(setting, found, out))
+            out.print(*by_tensor(found, out), sep="")
             if "standard" in found:
                 out.print("standard attention: " + ", ".join(found["standard"].lines))
-            if sentence := saved(found):
+            for sentence in saved(found):
                 out.print(sentence)
     if plot is not None:
         settings = [replace(setting, seqlen=n) for n in LENGTHS]

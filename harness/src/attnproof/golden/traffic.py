@@ -34,11 +34,8 @@ def counts() -> dict[str, dict[str, Any]]:
     """The counts made here, by setting and name."""
     found: dict[str, dict[str, Any]] = {}
     for setting in settings():
-        found[str(setting)] = {
-            name: source.count(setting).as_dict()
-            for name, source in sources().items()
-            if source.unsupported(setting) is None
-        }
+        chosen = {n: s for n, s in sources().items() if s.unsupported(setting) is None}
+        found[str(setting)] = {n: s.count(setting).as_dict() for n, s in chosen.items()}
     return found
 
 

@@ -1,7 +1,9 @@
-"""Where this package meets the harness: V1 and V2 as backends, interpreted on the CPU."""
+"""Where this package meets the harness: V1 and V2 as backends, interpreted on the CPU, and what is
+counted of them."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +13,12 @@ from attn_reference.inputs import Attention, Inputs
 from attn_reference.precision import FLASH, Precision
 from attn_reference.problem import FEATURES, GRADIENT_NAMES, Problem
 from attnproof.backend import Capabilities
+from attnproof.traffic.sources import Setting, Traffic
 
 from . import interpreter
+from .arguments import LARGEST_HEAD_DIM
+from .closed_forms import formula
+from .traffic import V1, V2, Workload, block_for, count
 
 # Relative errors beyond fp32 rounding, as measured on an H100 (tests/test_precision.py).
 TANH_ERROR = {"cpu": 0.0, "cuda": 2.0**-22}
@@ -128,4 +134,50 @@ triton_v2 = TritonBackend(
         keep_mask=True,
         notes=("FlashAttention V2 in Triton: blocks of queries outside, one rescale",),
     ),
+)
+
+
+@dataclass(frozen=True)
+class TritonTraffic:
+    """The traffic of one version, for ``attnproof traffic``."""
+
+    name: str
+    title: str
+
+    def unsupported(self, setting: Setting) -> str | None:
+        """None when it has kernels for such tiles, else the reason.
+
+        This process interprets kernels from here on, if that can still be decided: counting what
+        torch does has it import Triton, to be compiled.
+        """
+        with suppress(RuntimeError):
+            interpreter.enable()
+        if not 1 <= setting.head_dim <= LARGEST_HEAD_DIM:
+            return f"head_dim={setting.head_dim}: accepted is 1 to {LARGEST_HEAD_DIM}"
+        try:
+            block_for(setting.head_dim, setting.on_chip)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def count(self, setting: Setting) -> Traffic:
+        """Counted by running it, where that is few tiles and kernels are interpreted."""
+        if reason := self.unsupported(setting):
+            raise ValueError(reason)
+        load = Workload(
+            seqlen=setting.seqlen,
+            head_dim=setting.head_dim,
+            dtype=setting.dtype,
+            causal=setting.causal,
+            block=block_for(setting.head_dim, setting.on_chip),
+        )
+        run = load.blocks**2 <= FEW_TILES and interpreter.enabled()
+        counted = (count if run else formula)(self.name, load, setting.backward)
+        return Traffic(**vars(counted), ran=run)
+
+
+FEW_TILES = 1024  # that take no more than seconds
+traffic = (
+    TritonTraffic(V1, "FlashAttention V1 in Triton"),
+    TritonTraffic(V2, "FlashAttention V2 in Triton"),
 )
