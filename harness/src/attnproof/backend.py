@@ -112,6 +112,15 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class DeviceDependent(Protocol):
+    """A backend that declares, and perhaps is, something else on each device."""
+
+    def on_device(self, device: str) -> Backend:
+        """What it is on 'cpu' or 'cuda'."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Description:
     """What a target says of itself, as it arrives from the process that it runs in."""

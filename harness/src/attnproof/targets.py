@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .backend import Backend, Description
+from .backend import Backend, Description, DeviceDependent
 from .signatures import SIGNATURES, SignatureMismatch, adapt
 
 GROUP = "attnproof.backends"
@@ -45,8 +45,14 @@ def registered() -> dict[str, EntryPoint]:
     return {point.name: point for point in sorted(entry_points(group=GROUP))}
 
 
-def load(spec: TargetSpec) -> Backend:
-    """Import the target and make it a Backend; LoadError when that cannot be done."""
+def load(spec: TargetSpec, device: str | None = None) -> Backend:
+    """Import the target and make it a Backend, with a device ('cpu' or 'cuda') the one that it is
+    there; LoadError when that cannot be done."""
+    found = _load(spec)
+    return found.on_device(device) if device and isinstance(found, DeviceDependent) else found
+
+
+def _load(spec: TargetSpec) -> Backend:
     text = spec.text.strip()
     if spec.signature is not None and spec.signature not in SIGNATURES:
         raise LoadError(f"--signature {spec.signature}: unknown; known are {', '.join(SIGNATURES)}")

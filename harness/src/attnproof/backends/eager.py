@@ -1,7 +1,7 @@
 """Unfused attention in torch, as models write it: matmul, scale, softmax in fp32, matmul.
 
 The scores are stored in the dtype of the inputs, as in ``eager_attention_forward`` of
-transformers; everything between them and the softmax is in fp32. Nothing here comes from the
+transformers; everything between them and the softmax is in fp32. Nothing of it comes from the
 reference, so that the two check each other.
 """
 
@@ -19,6 +19,7 @@ from attn_reference.problem import Problem
 from ..backend import Capabilities
 from ..precision import cpu_eager_precision
 from ..signatures.common import FunctionBackend
+from .positions import distance_from_diagonal, visible, without_padding
 
 FEATURES = frozenset(
     {
@@ -46,17 +47,17 @@ def attention(inputs: Inputs, problem: Problem) -> Attention:
     Returns out in the dtype of q, lse in fp32 and, with dropout, what was kept, drawn from
     torch's global generator.
     """
-    q, k, v = inputs.q, _without_padding(inputs.k, inputs), _without_padding(inputs.v, inputs)
+    q, k, v = inputs.q, without_padding(inputs.k, inputs), without_padding(inputs.v, inputs)
     scores = _grouped_matmul(q, k.transpose(-1, -2)) * problem.softmax_scale
     scores = scores.float()  # (B, Hq, Sq, Sk)
     if problem.softcap:
         scores = torch.tanh(scores / problem.softcap) * problem.softcap
     if inputs.bias is not None:
         scores = scores + inputs.bias.float()
-    distance = _distance_from_diagonal(inputs, problem)  # (B or 1, 1, Sq, Sk)
+    distance = distance_from_diagonal(inputs, problem)  # (B or 1, 1, Sq, Sk)
     if inputs.alibi_slopes is not None:
         scores = scores - inputs.alibi_slopes[:, None, None] * distance.abs()
-    scores = scores.masked_fill(~_visible(inputs, problem, distance), -math.inf)
+    scores = scores.masked_fill(~visible(inputs, problem, distance), -math.inf)
     probabilities, lse = _softmax(scores, inputs.sinks)
     keep_mask = None
     if problem.dropout:
@@ -66,55 +67,12 @@ def attention(inputs: Inputs, problem: Problem) -> Attention:
     return Attention(out=out, lse=lse, keep_mask=keep_mask)
 
 
-def _without_padding(tensor: Tensor, inputs: Inputs) -> Tensor:
-    """k or v with zeros beyond the lengths: what lies there may be NaN, and 0 * NaN is NaN."""
-    if inputs.key_lengths is None:
-        return tensor
-    return tensor.masked_fill(~_within_lengths(inputs)[:, :, 0, :, None], 0.0)
-
-
-def _within_lengths(inputs: Inputs) -> Tensor:
-    """Whether a key is one, (B, 1, 1, Sk)."""
-    assert inputs.key_lengths is not None
-    j = torch.arange(inputs.k.shape[2], device=inputs.k.device)
-    return j < inputs.key_lengths[:, None, None, None]
-
-
 def _grouped_matmul(rows: Tensor, columns: Tensor) -> Tensor:
     """(B, Hq, Sq, N) @ (B, Hkv, N, M): the heads of a group are rows of one product."""
     batch, heads, seqlen, inner = rows.shape
     kv_heads = columns.shape[1]
     grouped = rows.reshape(batch, kv_heads, heads // kv_heads * seqlen, inner)
     return (grouped @ columns).reshape(batch, heads, seqlen, columns.shape[-1])
-
-
-def _distance_from_diagonal(inputs: Inputs, problem: Problem) -> Tensor:
-    """j - i - offset, (B or 1, 1, Sq, Sk): how far key j lies to the right of query i's key."""
-    device = inputs.q.device
-    i = torch.arange(problem.seqlen_q, device=device)[:, None]
-    j = torch.arange(problem.keys, device=device)
-    if problem.causal == "top-left":
-        return (j - i)[None, None]
-    if inputs.key_lengths is None:
-        return (j - i - (problem.keys - problem.seqlen_q))[None, None]
-    return j - i - (inputs.key_lengths[:, None, None, None] - problem.seqlen_q)
-
-
-def _visible(inputs: Inputs, problem: Problem, distance: Tensor) -> Tensor:
-    """Which keys a query sees, bool, broadcasting to (B, Hq, Sq, Sk)."""
-    visible = torch.ones_like(distance, dtype=torch.bool)
-    left, right = problem.window or (None, None)
-    if left is not None:
-        visible = visible & (distance >= -left)
-    if right is not None:
-        visible = visible & (distance <= right)
-    if problem.causal != "none":
-        visible = visible & (distance <= 0)
-    if inputs.key_lengths is not None:
-        visible = visible & _within_lengths(inputs)
-    if inputs.mask is not None:
-        visible = visible & inputs.mask
-    return visible
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

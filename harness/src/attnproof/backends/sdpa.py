@@ -1,15 +1,20 @@
-"""torch's ``scaled_dot_product_attention`` on CPU: as torch dispatches it, and each of the two
-implementations that torch has there, forced.
+"""torch's ``scaled_dot_product_attention``: as torch dispatches it, and each of its
+implementations, forced.
 
-What is declared was tried with torch 2.13 on x86. The public dispatch sends dropout, a
+What is declared of the CPU was tried with torch 2.13 on x86. The public dispatch sends dropout, a
 gradient of the bias, head_dim_v != head_dim and empty inputs to the math implementation, and
 everything else to the flash kernel; forced, the flash kernel refuses those.
+
+What is declared of CUDA is what its kernels take on some GPU (sdp_utils.cpp); what they refuse
+besides, torch says itself: a square of queries and keys for a causal flash kernel, head
+dimensions, alignment, a dropout of so many sixteenths for cuDNN.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -18,12 +23,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from attn_reference.inputs import Attention, Inputs
+from attn_reference.precision import FLASH, FLASH_FP32_P
 from attn_reference.problem import Problem
 
-from ..precision import cpu_flash_precision, cpu_math_precision
+from ..precision import cpu_flash_precision, cpu_math_precision, cuda_efficient_precision
 from ..signatures import sdpa as signature
 from ..signatures.common import FunctionBackend
 from ..signatures.keep_mask import with_keep_mask
+from . import sdpa_operators as operators
+from .by_device import ByDevice
+
+Call = Callable[[Inputs, Problem], Attention]
 
 _dispatched = partial(signature.call, scaled_dot_product_attention, signature.CONTRACT)
 
@@ -42,52 +52,111 @@ def _forced(kernel: SDPBackend, inputs: Inputs, problem: Problem) -> Attention:
     raise NotImplementedError(f"torch has no kernel for this: {' '.join(reasons)}")
 
 
-def _flash(inputs: Inputs, problem: Problem) -> Attention:
-    """The flash kernel; its LSE comes from the operator below the public function, which does
-    not check what the public function checks, and is not differentiable."""
-    result = _forced(SDPBackend.FLASH_ATTENTION, inputs, problem)
+def _with_lse(kernel: SDPBackend, operator: Call, inputs: Inputs, problem: Problem) -> Attention:
+    """Attention by that implementation, and its LSE from the operator below the public function,
+    which does not check what the public function checks, and is not differentiable."""
+    result = with_keep_mask(partial(_forced, kernel), inputs, problem)
+    with torch.no_grad():
+        return replace(result, lse=operator(inputs, problem).lse)
+
+
+def _flash_on_cpu(inputs: Inputs, problem: Problem) -> Attention:
     mask = signature.attention_mask(inputs)
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=inputs.q.dtype).masked_fill(~mask, -math.inf)
-    with torch.no_grad():
-        _, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            is_causal=problem.causal == "top-left",
-            attn_mask=mask,
-            scale=problem.scale,
-        )
-    return replace(result, lse=lse)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        is_causal=problem.causal == "top-left",
+        attn_mask=mask,
+        scale=problem.scale,
+    )
+    return Attention(out=out, lse=lse)
 
 
-_CPU = replace(signature.capabilities_of(signature.CONTRACT), devices=("cpu",))
+_CONTRACT = signature.capabilities_of(signature.CONTRACT)
+_CPU = replace(_CONTRACT, devices=("cpu",))
+_CUDA = replace(_CONTRACT, devices=("cuda",))
+_math = partial(with_keep_mask, partial(_forced, SDPBackend.MATH))
 
-sdpa = FunctionBackend(
-    name="sdpa",
-    capabilities=_CPU,
-    call=partial(with_keep_mask, _dispatched),
-    declared=cpu_flash_precision(),
+sdpa = ByDevice(
+    cpu=FunctionBackend(
+        name="sdpa",
+        capabilities=_CPU,
+        call=partial(with_keep_mask, _dispatched),
+        declared=cpu_flash_precision(),
+    ),
+    cuda=FunctionBackend(
+        name="sdpa",
+        capabilities=_CUDA,
+        call=partial(with_keep_mask, _dispatched),
+        declared=cuda_efficient_precision(),
+    ),
 )
 
-sdpa_flash = FunctionBackend(
-    name="sdpa-flash",
+sdpa_flash = ByDevice(
+    cpu=FunctionBackend(
+        name="sdpa-flash",
+        capabilities=replace(
+            _CPU,
+            features=_CPU.features - {"dropout", "head_dim_v"},
+            gradients=("q", "k", "v"),
+            keep_mask=False,
+            returns_lse=True,
+            empty_row_lse=0.0,
+            empty_inputs=False,
+        ),
+        call=partial(_with_lse, SDPBackend.FLASH_ATTENTION, _flash_on_cpu),
+        declared=cpu_flash_precision(),
+    ),
+    cuda=FunctionBackend(
+        name="sdpa-flash",
+        capabilities=replace(
+            _CUDA,
+            dtypes=("fp16", "bf16"),
+            features=_CUDA.features - {"boolean mask", "bias", "head_dim_v"},
+            gradients=("q", "k", "v"),
+            head_dim_max=256,
+            returns_lse=True,
+            empty_inputs=False,
+        ),
+        call=partial(_with_lse, SDPBackend.FLASH_ATTENTION, operators.flash),
+        declared=FLASH,
+    ),
+)
+
+sdpa_efficient = FunctionBackend(
+    name="sdpa-efficient",
     capabilities=replace(
-        _CPU,
-        features=_CPU.features - {"dropout", "head_dim_v"},
-        gradients=("q", "k", "v"),
-        keep_mask=False,
+        _CUDA,
+        head_dim_multiple=4,
         returns_lse=True,
-        empty_row_lse=0.0,
+        empty_row_lse=0.0,  # kernel_forward.h: "log(1) = 0"
         empty_inputs=False,
     ),
-    call=_flash,
-    declared=cpu_flash_precision(),
+    call=partial(_with_lse, SDPBackend.EFFICIENT_ATTENTION, operators.efficient),
+    declared=cuda_efficient_precision(),
 )
 
-sdpa_math = FunctionBackend(
-    name="sdpa-math",
-    capabilities=_CPU,
-    call=partial(with_keep_mask, partial(_forced, SDPBackend.MATH)),
-    declared=cpu_math_precision(),
+sdpa_cudnn = FunctionBackend(
+    name="sdpa-cudnn",
+    capabilities=replace(
+        _CUDA,
+        dtypes=("fp16", "bf16"),
+        gradients=("q", "k", "v"),
+        head_dim_max=256,
+        head_dim_multiple=8,
+        returns_lse=True,
+        empty_inputs=False,
+    ),
+    call=partial(_with_lse, SDPBackend.CUDNN_ATTENTION, operators.cudnn),
+    declared=FLASH,
+)
+
+sdpa_math = ByDevice(
+    cpu=FunctionBackend(
+        name="sdpa-math", capabilities=_CPU, call=_math, declared=cpu_math_precision()
+    ),
+    cuda=FunctionBackend(name="sdpa-math", capabilities=_CUDA, call=_math, declared=FLASH_FP32_P),
 )

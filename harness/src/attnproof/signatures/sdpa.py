@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attn_reference.inputs import Attention, Inputs
-from attn_reference.precision import FLASH, Precision
+from attn_reference.precision import Precision
 from attn_reference.problem import Problem
 
 from ..backend import Capabilities
-from ..precision import cpu_flash_precision
+from ..precision import cpu_flash_precision, cuda_efficient_precision
 from .common import (
     FunctionBackend,
     Parameters,
@@ -84,7 +84,7 @@ def capabilities_of(parameters: Parameters) -> Capabilities:
 
 def torch_precision(device: str) -> Precision:
     """That of torch's own function, which cannot carry an attribute: its least precise kernel."""
-    return cpu_flash_precision() if device == "cpu" else FLASH
+    return cpu_flash_precision() if device == "cpu" else cuda_efficient_precision()
 
 
 def call(

@@ -206,7 +206,7 @@ class InProcessRunner:
         if self._executor is None:
             watch = Watch(functions=self._functions, threads=Threads.running())
             self._executor = Executor(
-                backend=load(self._target),
+                backend=load(self._target, self._device),
                 device=self._device,
                 watch=watch,
                 interruptible=True,

@@ -28,7 +28,7 @@ def serve(connection: socket.socket) -> None:
     os.chdir(request["cwd"])
     watch = Watch.begin()
     try:
-        backend = load(TargetSpec(**request["target"]))
+        backend = load(TargetSpec(**request["target"]), request["device"])
         description = describe(backend, request["device"]).as_dict()
     except LoadError as error:
         channel.send({"load_error": str(error)[:TEXT_LIMIT]})

@@ -1,0 +1,221 @@
+"""torch's FlexAttention, compiled: the rules of a problem as a score_mod and a block mask.
+
+A score_mod holds what changes a score (softcap, bias, ALiBi), a mask_mod what hides a key
+(causality, window, lengths, packed sequences, the boolean mask). Both are written with indices
+alone, so that the kernel for which they are compiled, and torch's own uncompiled function,
+compute the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    and_masks,
+    create_block_mask,
+    flex_attention,
+)
+
+from attn_reference.inputs import Attention, Inputs
+from attn_reference.precision import FLASH
+from attn_reference.problem import Problem
+
+from ..backend import Capabilities
+from ..signatures.common import FunctionBackend
+from .positions import without_padding
+
+SMALLEST_HEAD_DIM = 16  # Triton's dot takes no less
+# Dynamo tries the graphs that it has one after another; after so many problems all are forgotten.
+PROBLEMS_COMPILED = 256
+# More than that many problems need: a graph with and without gradients, and for each layout.
+GRAPHS = 8 * PROBLEMS_COMPILED
+TANH_ERROR = 2.0**-22  # of CUDA's library, relative, as measured for the Triton backend
+
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Diagonal = Callable[[Tensor, Tensor], Tensor]  # (b, i): the key that lies on query i's diagonal
+
+
+def attention(function: Callable[..., Any], inputs: Inputs, problem: Problem) -> Attention:
+    """Attention by ``function``, which is ``flex_attention``, compiled or not."""
+    diagonal = _diagonal(inputs, problem)
+    out, aux = function(
+        inputs.q,
+        without_padding(inputs.k, inputs),
+        without_padding(inputs.v, inputs),
+        score_mod=score_mod(inputs, problem, diagonal),
+        block_mask=_block_mask(inputs, problem, diagonal),
+        scale=problem.softmax_scale,
+        enable_gqa=problem.group > 1,
+        return_aux=AuxRequest(lse=True),
+    )
+    return Attention(out=out, lse=aux.lse)
+
+
+def compiled(inputs: Inputs, problem: Problem) -> Attention:
+    """Attention by the kernel that is compiled for this problem.
+
+    NotImplementedError for head dimensions that the kernel's template does not take, and where
+    the kernel needs more shared memory than the GPU has.
+    """
+    least = min(problem.head_dim, problem.value_dim)
+    if least < SMALLEST_HEAD_DIM:
+        raise NotImplementedError(f"head_dim {least} is below the {SMALLEST_HEAD_DIM} of Triton")
+    import torch._dynamo
+
+    _forget_too_many(problem)
+    limits = torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS)
+    try:
+        with limits:
+            return attention(_compiled_function(), inputs, problem)
+    except RuntimeError as error:
+        if "out of resource" not in str(error):
+            raise
+        raise NotImplementedError(f"no kernel of torch fits this GPU: {error}") from error
+
+
+def score_mod(inputs: Inputs, problem: Problem, diagonal: Diagonal) -> ScoreMod | None:
+    """What changes a score, in the order of the reference; None where nothing does."""
+    bias = _full(inputs.bias, problem, inputs)
+    slopes = inputs.alibi_slopes
+    if not problem.softcap and bias is None and slopes is None:
+        return None
+    # A tensor: a number would be compiled in.
+    cap = inputs.q.new_full((), problem.softcap, dtype=torch.float32) if problem.softcap else None
+    if bias is not None and bias.requires_grad:
+        bias = bias.contiguous()  # else the kernel adds its gradient up, in the dtype of the bias
+
+    def changed(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if cap is not None:
+            score = cap * torch.tanh(score / cap)
+        if bias is not None:
+            score = score + bias[b, h, i, j]
+        if slopes is not None:
+            score = score - slopes[h] * (j - diagonal(b, i)).abs()
+        return score
+
+    return changed
+
+
+def mask_mods(inputs: Inputs, problem: Problem, diagonal: Diagonal) -> list[MaskMod]:
+    """The rules of which each says whether a key may be seen."""
+    rules: list[MaskMod] = []
+    left, right = problem.window or (None, None)
+    if problem.causal != "none":
+        right = 0
+    if left is not None:
+        rules.append(lambda b, h, i, j: j >= diagonal(b, i) - left)
+    if right is not None:
+        rules.append(lambda b, h, i, j: j <= diagonal(b, i) + right)
+    if (lengths := inputs.key_lengths) is not None:
+        rules.append(lambda b, h, i, j: j < lengths[b])
+    if inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None:
+        of_query = _sequence_of(inputs.cu_seqlens_q, inputs.q.shape[2])
+        of_key = _sequence_of(inputs.cu_seqlens_k, inputs.k.shape[2])
+        rules.append(lambda b, h, i, j: of_query[i] == of_key[j])
+    if (mask := _full(inputs.mask, problem, inputs)) is not None:
+        rules.append(lambda b, h, i, j: mask[b, h, i, j])
+    return rules
+
+
+def _block_mask(inputs: Inputs, problem: Problem, diagonal: Diagonal) -> BlockMask | None:
+    """The rules, and the blocks in which they leave something; None where there are none."""
+    rules = mask_mods(inputs, problem, diagonal)
+    if not rules:
+        return None
+    batch, heads, len_q, _ = inputs.q.shape
+    shape = (1, 1) if inputs.mask is None else inputs.mask.shape[:2]
+    by_batch = inputs.key_lengths is not None or shape[0] > 1
+    return create_block_mask(
+        and_masks(*rules),
+        batch if by_batch else None,
+        heads if shape[1] > 1 else None,
+        len_q,
+        inputs.k.shape[2],
+        device=inputs.q.device,
+    )
+
+
+def _diagonal(inputs: Inputs, problem: Problem) -> Diagonal:
+    """Where the diagonal lies that causality, windows and ALiBi are measured from."""
+    from_the_end = problem.causal != "top-left"
+    if inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None:
+        # Of a packed sequence the beginnings lie on it, or the ends.
+        shift = (inputs.cu_seqlens_k - inputs.cu_seqlens_q)[int(from_the_end) :]
+        shift = shift[_sequence_of(inputs.cu_seqlens_q, inputs.q.shape[2])]
+        return lambda b, i: i + shift[i]
+    if inputs.key_lengths is not None and from_the_end:
+        offsets = inputs.key_lengths - problem.seqlen_q
+        return lambda b, i: i + offsets[b]
+    offset = problem.keys - problem.seqlen_q if from_the_end else 0
+    return lambda b, i: i + offset
+
+
+def _sequence_of(cu_seqlens: Tensor, total: int) -> Tensor:
+    """The number of the sequence that each position belongs to, (total,)."""
+    positions = torch.arange(total, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:], positions, right=True)
+
+
+def _full(tensor: Tensor | None, problem: Problem, inputs: Inputs) -> Tensor | None:
+    """A mask or bias with all its dimensions, which may still share memory."""
+    if tensor is None:
+        return None
+    return tensor.expand(inputs.q.shape[0], problem.heads_q, inputs.q.shape[2], inputs.k.shape[2])
+
+
+@cache
+def _compiled_function() -> Callable[..., Any]:
+    # Not a full graph would be another implementation, uncompiled.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+_problems: set[Problem] = set()
+
+
+def _forget_too_many(problem: Problem) -> None:
+    """Remember the problem, as far as its graph depends on it; drop all graphs when it is one too
+    many."""
+    bare = replace(problem, seed=0, distribution="normal", softcap=float(problem.softcap > 0))
+    if bare not in _problems and len(_problems) >= PROBLEMS_COMPILED:
+        torch._dynamo.reset()
+        _problems.clear()
+    _problems.add(bare)
+
+
+flex = FunctionBackend(
+    name="flex",
+    capabilities=Capabilities(
+        devices=("cuda",),
+        features=frozenset(
+            {
+                "causal top-left",
+                "causal bottom-right",
+                "window",
+                "softcap",
+                "alibi",
+                "boolean mask",
+                "bias",
+                "scale",
+                "gqa",
+                "head_dim_v",
+                "key lengths",
+                "packed",
+                "lse gradient",
+            }
+        ),
+        gradients=("q", "k", "v", "bias"),
+        head_dim_max=256,
+        returns_lse=True,
+        empty_inputs=False,
+    ),
+    call=compiled,
+    declared=replace(FLASH, name="torch-cuda-flex", tanh_error=TANH_ERROR),
+)
