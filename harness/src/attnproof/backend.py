@@ -91,7 +91,10 @@ class Capabilities:
 
 @runtime_checkable
 class Backend(Protocol):
-    """An implementation of attention that the harness can judge."""
+    """An implementation of attention that the harness can judge.
+
+    What it needs of a GPU it says in a further attribute, ``requirement`` (``Requiring``).
+    """
 
     name: str
     capabilities: Capabilities
@@ -129,6 +132,7 @@ class Description:
     capabilities: Capabilities
     precision: Precision = FLASH
     unavailable: str | None = None
+    refused_dtypes: Mapping[str, str] = field(default_factory=dict)  # on this GPU; the reasons
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -137,6 +141,7 @@ class Description:
             "capabilities": self.capabilities.as_dict(),
             "precision": self.precision.as_dict(),
             "unavailable": self.unavailable,
+            "refused_dtypes": dict(self.refused_dtypes),
         }
 
     @classmethod
@@ -147,4 +152,5 @@ class Description:
             capabilities=Capabilities.from_dict(values["capabilities"]),
             precision=Precision.from_dict(values["precision"]),
             unavailable=values["unavailable"],
+            refused_dtypes={str(k): str(v) for k, v in values["refused_dtypes"].items()},
         )

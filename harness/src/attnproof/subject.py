@@ -72,7 +72,10 @@ class Subject:
         problem = replace(problem, seed=problem.seed + self.seed)
         if self.description.unavailable is not None:
             raise self.verdict_error(Status.UNAVAILABLE, self.description.unavailable)
-        if reasons := self.description.capabilities.unsupported_reasons(problem):
+        reasons = self.description.capabilities.unsupported_reasons(problem)
+        if refused := self.description.refused_dtypes.get(problem.dtype):
+            reasons.append(refused)
+        if reasons:
             raise self.verdict_error(Status.UNSUPPORTED, "; ".join(reasons))
         return problem, make_inputs(problem)
 

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from .backend import Backend, Description, DeviceDependent
+from .requirement import refused_dtypes_here, unmet_here
 from .signatures import SIGNATURES, SignatureMismatch, adapt
 
 GROUP = "attnproof.backends"
@@ -97,7 +98,8 @@ def describe(backend: Backend, device: str) -> Description:
         name=backend.name,
         capabilities=backend.capabilities,
         precision=backend.precision(device),
-        unavailable=backend.availability(device),
+        unavailable=unmet_here(backend, device) or backend.availability(device),
+        refused_dtypes=refused_dtypes_here(backend, device),
     )
 
 

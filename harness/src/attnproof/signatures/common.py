@@ -15,6 +15,7 @@ from attn_reference.problem import DTYPES, GRADIENT_NAMES, Problem
 
 from ..backend import Capabilities
 from ..backends.availability import unavailable
+from ..requirement import Requirement
 
 # Every name that Problem.features can hold.
 FEATURES = frozenset(
@@ -214,6 +215,7 @@ class FunctionBackend:
     capabilities: Capabilities
     call: Callable[[Inputs, Problem], Attention]
     declared: Precision | Callable[[str], Precision] = FLASH  # by device, where that matters
+    requirement: Requirement | None = None  # of a GPU
 
     def precision(self, device: str) -> Precision:
         """The declared precision."""
