@@ -1,7 +1,8 @@
 """The attention functions that transformers' models call: BHSD in, BSHD out.
 
 Models hand them one 4D mask that holds causality, windows and padding, or, for a square causal
-problem, none and ``is_causal``; so does this. The mask hides with -inf, bool for SDPA.
+problem, none and ``is_causal``; so does this. The mask hides with -inf, bool for SDPA. What lies
+beyond the lengths is zero, as in a model, where padding is a token.
 """
 
 from __future__ import annotations
@@ -65,9 +66,7 @@ def call(
 def sdpa_mask(inputs: Inputs, problem: Problem) -> Tensor | None:
     """Bool, or a bias where there is one; none for a square that is causal and nothing else."""
     square = problem.seqlen_q == problem.keys
-    if square and set(problem.features).isdisjoint(
-        {"window", "key lengths", "boolean mask", "bias"}
-    ):
+    if square and inputs.bias is None and HIDING.isdisjoint(problem.features):
         return None
     seen = _seen(inputs, problem)
     if inputs.bias is None:
@@ -76,12 +75,19 @@ def sdpa_mask(inputs: Inputs, problem: Problem) -> Tensor | None:
 
 
 def eager_mask(inputs: Inputs, problem: Problem) -> Tensor | None:
-    """In the dtype of q: the bias, or 0, and -inf where hidden."""
+    """In the dtype of q: the bias, or 0, and -inf where hidden.
+
+    NotImplementedError when a query sees no key: the softmax of nothing but -inf is NaN.
+    """
     seen = _seen(inputs, problem)
     if seen is None:
-        return inputs.bias
-    bias = inputs.q.new_zeros(()) if inputs.bias is None else inputs.bias
-    return torch.where(seen, bias, -math.inf)
+        mask = inputs.bias
+    else:
+        bias = inputs.q.new_zeros(()) if inputs.bias is None else inputs.bias
+        mask = torch.where(seen, bias, -math.inf)
+    if mask is not None and bool(mask.isneginf().all(-1).any()):
+        raise NotImplementedError("a query that sees no key, for which its softmax gives NaN")
+    return mask
 
 
 def _seen(inputs: Inputs, problem: Problem) -> Tensor | None:
@@ -107,11 +113,14 @@ def _eager_precision(device: str) -> Precision:
     return cpu_eager_precision() if device == "cpu" else EAGER
 
 
+CAPABILITIES = Capabilities(
+    features=FEATURES, gradients=("q", "k", "v", "bias"), empty_inputs=False, keep_mask=True
+)
 transformers_sdpa = LibraryBackend(
     name="transformers-sdpa",
     module="transformers",
     install=INSTALL,
-    capabilities=Capabilities(features=FEATURES, keep_mask=True),
+    capabilities=CAPABILITIES,
     call=partial(with_keep_mask, _sdpa),
     declared=torch_precision,
 )
@@ -119,11 +128,7 @@ transformers_eager = LibraryBackend(
     name="transformers-eager",
     module="transformers",
     install=INSTALL,
-    capabilities=Capabilities(
-        features=FEATURES,
-        empty_row_out=math.nan,  # the softmax of nothing but -inf
-        keep_mask=True,
-    ),
+    capabilities=CAPABILITIES,
     call=partial(with_keep_mask, _eager),
     declared=_eager_precision,
 )

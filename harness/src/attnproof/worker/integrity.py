@@ -110,13 +110,14 @@ class Functions:
 
 def _operators() -> set[str]:
     """Kernels for torch's own operators that Python code has registered: "aten/mm/CPU". Those
-    for the meta device compute nothing, and torch registers them when they are needed."""
+    for the meta device compute nothing, those for vmap concern nothing outside of it, and torch
+    registers both when they are needed."""
     registered: set[str] = torch.library._impls
     return {
         name
         for name in registered
         if name.startswith("aten/")
-        and not name.endswith("/Meta")
+        and not name.endswith(("/Meta", "/FuncTorchBatched"))
         and not name.startswith(CHOSEN_BY_TORCH)
     }
 
