@@ -107,7 +107,7 @@ def test_what_is_no_command_line_gives_one_line_and_status_2(
 def test_help_says_what_the_exit_status_means() -> None:
     result = CliRunner().invoke(app, ["check", "--help"])
     assert result.exit_code == 0
-    assert "0 it conforms, 1 it does not, 2 usage" in " ".join(result.stdout.split())
+    assert "0 it conforms, 1 it does not, or more cases" in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -191,6 +191,21 @@ def test_a_target_that_is_not_available_here_gives_its_reason_and_status_3() -> 
     result = attnproof("check", f"{TARGETS}:away", "--device=cpu", "--chapter=heads")
     assert result.returncode == 3
     assert "cannot be judged here: needs another planet" in one_line(result)
+
+
+def test_a_skip_budget_makes_an_absent_target_a_failure_and_its_reason_is_in_the_json(
+    tmp_path: Path,
+) -> None:
+    words = ["--device=cpu", "--chapter=heads", "--json", str(tmp_path / "run.json")]
+    result = attnproof("check", f"{TARGETS}:away", *words)
+    assert result.returncode == 3
+    summary = json.loads((tmp_path / "run.json").read_text())["summary"]
+    assert (summary["exit_status"], summary["unavailable"]) == (3, "needs another planet")
+    result = attnproof("check", f"{TARGETS}:away", *words, "--skip-budget=9")
+    assert result.returncode == 1
+    assert "needs another planet; the skip budget is 9" in one_line(result)
+    summary = json.loads((tmp_path / "run.json").read_text())["summary"]
+    assert (summary["exit_status"], summary["verdict"]) == (1, "not run")
 
 
 @pytest.mark.parametrize(("function", "status"), [("right", 0), ("modulo", 1), ("nothing", 3)])

@@ -13,7 +13,8 @@ from attnproof import options as options_module
 from attnproof.conformance import test_exact, test_numerics
 from attnproof.options import OptionError, Options, add_options, environment, read_options
 from attnproof.record import CaseRecord
-from attnproof.recorder import Recorder, choose_gpu, chosen_cases, share_cores
+from attnproof.recorder import Recorder, chosen_cases
+from attnproof.spread import choose_gpu, share_cores
 from attnproof.verdict import Status, Verdict
 
 pytest_plugins = ["pytester"]
@@ -52,8 +53,10 @@ def test_options_are_read(tmp_path):
         f"--attn-json={tmp_path / 'run.json'}",
         "--attn-resume",
         f"--attn-case={CASE}",
+        "--attn-skip-budget=0",
     )
     assert given is not None
+    assert given.skip_budget == 0
     assert given.level == "full"
     assert given.dtypes == ("bf16", "fp32")
     assert given.chapters == ("masks",)
@@ -76,6 +79,8 @@ def test_no_target_means_nothing_to_do():
     ("arguments", "message"),
     [
         (["--attn-level=full"], "--attn-level: needs --attn-target"),
+        (["--attn-skip-budget=0"], "--attn-skip-budget: needs --attn-target"),
+        (["--attn-target=x", "--attn-skip-budget=-1"], "--attn-skip-budget -1: accepted is 0 or"),
         (["--attn-json=x", "--attn-seed=2"], "--attn-json, --attn-seed: needs --attn-target"),
         (
             ["--attn-target=x", "--attn-level=fast"],
@@ -133,12 +138,12 @@ def test_workers_share_the_gpus_that_the_caller_sees(monkeypatch, visible, worke
 def test_workers_share_all_gpus_when_the_caller_names_none(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "so that it is put back")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setattr("attnproof.recorder.GPUS", tmp_path / "none")
+    monkeypatch.setattr("attnproof.spread.GPUS", tmp_path / "none")
     choose_gpu("gw1")
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
     for name in ("0000:01", "0000:02"):
         (tmp_path / "gpus" / name).mkdir(parents=True)
-    monkeypatch.setattr("attnproof.recorder.GPUS", tmp_path / "gpus")
+    monkeypatch.setattr("attnproof.spread.GPUS", tmp_path / "gpus")
     choose_gpu("gw3")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
 
@@ -151,7 +156,7 @@ def _path(module):
 def test_workers_share_the_cores(monkeypatch, workers, threads):
     monkeypatch.setenv("OMP_NUM_THREADS", "so that it is put back")
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr("attnproof.recorder.cores", lambda: 6)
+    monkeypatch.setattr("attnproof.spread.cores", lambda: 6)
     share_cores(workers)
     assert os.environ["OMP_NUM_THREADS"] == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "5")

@@ -93,7 +93,9 @@ def test_capabilities_compare_as_numbers_not_as_text() -> None:
 
 def test_memory_driver_toolkit_and_torch() -> None:
     big = Requirement(who="a", memory=bytes_of("40GB"))
-    assert big.unmet(T4) == ["a needs 40 GB of GPU memory; Tesla T4, sm_75 has 16.1 GB"]
+    assert big.unmet(T4) == [
+        "a needs 40 GB of GPU memory; this is Tesla T4, sm_75, with 16.1 GB"
+    ]
     assert big.unmet(H100) == []
     newer = Requirement(who="a", driver_min="590.1", cuda_min="13.1", torch_min="2.12")
     assert newer.unmet(H100) == [
@@ -103,6 +105,14 @@ def test_memory_driver_toolkit_and_torch() -> None:
     ]
     same = Requirement(who="a", driver_min="580.82.07", cuda_min="13.0.0", torch_min="2.11")
     assert same.unmet(H100) == []
+
+
+def test_no_gpu_lacks_everything() -> None:
+    assert Requirement(who="a", arch_min="sm_90", memory=bytes_of("40GB")).unmet(None) == [
+        "a needs sm_90 or newer (Hopper, Blackwell); torch finds no CUDA device here",
+        "a needs 40 GB of GPU memory; torch finds no CUDA device here",
+    ]
+    assert Requirement(who="a", archs=("sm_90",)).unmet(None)
 
 
 def test_a_version_that_nobody_says_is_not_held_against_the_device() -> None:

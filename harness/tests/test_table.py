@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from attnproof.record import CaseRecord
-from attnproof.report.summary import Exit, Summary, document, summarise
+from attnproof.report.summary import REASONS, Exit, Summary, document, summarise
 from attnproof.report.table import feature_table
 from attnproof.verdict import Status, Verdict
 
@@ -102,6 +102,52 @@ def test_a_run_in_which_nothing_is_judged_says_why() -> None:
     assert summary.line == "could not be judged: 2 unsupported: no CUDA"
     assert summarise([]).exit is Exit.NOT_JUDGED
     assert summarise([]).line == "could not be judged: no cases"
+
+
+def test_how_many_cases_were_not_run_and_why() -> None:
+    records = [
+        record("gqa"),
+        *(record("gqa", "unsupported", reason="no gqa") for _ in range(3)),
+        record("window", "unavailable", reason="needs 40 GB"),
+        record("window", "vacuous", reason="no effect"),
+    ]
+    summary = summarise(records)
+    lines = ["not run: 4 of 6 cases", "     3  no gqa", "     1  needs 40 GB"]
+    assert summary.not_run_lines == lines
+    assert summary.as_dict()["not_run"] == [
+        {"reason": "no gqa", "cases": 3},
+        {"reason": "needs 40 GB", "cases": 1},
+    ]
+    assert summarise([record("gqa")]).not_run_lines == []
+    many = [record("gqa", "unsupported", reason=f"reason {n}") for n in range(REASONS + 2)]
+    assert summarise(many).not_run_lines[-1] == "     2  for 2 further reasons"
+
+
+def test_a_skip_budget_fails_a_run_of_which_too_little_was_run() -> None:
+    records = [
+        record("gqa"),
+        record("gqa", "unsupported", reason="x"),
+        record("gqa", "unavailable"),
+    ]
+    assert summarise(records, skip_budget=2).exit is Exit.CONFORMS
+    over = summarise(records, skip_budget=1)
+    assert over.exit is Exit.DOES_NOT
+    assert over.line == "not run: 2 cases not run, and the skip budget is 1"
+    assert over.as_dict()["verdict"] == "not run"
+    wrong = summarise([*records, record("gqa", "deviates")], skip_budget=1)
+    assert wrong.line.startswith("deviates")
+    assert wrong.as_dict()["verdict"] == "does not conform"
+
+
+def test_a_target_that_cannot_run_here_is_over_every_skip_budget() -> None:
+    away = summarise([], unavailable="no CUDA")
+    assert (away.exit, away.line) == (Exit.NOT_JUDGED, "could not be judged: no CUDA")
+    over = summarise([], unavailable="no CUDA", skip_budget=100)
+    assert over.exit is Exit.DOES_NOT
+    assert over.line == "not run: nothing was run, and the skip budget is 100: no CUDA"
+    found = document([], {}, {"skip_budget": 100}, unavailable="no CUDA")
+    assert found["summary"]["exit_status"] == 1
+    assert found["summary"]["unavailable"] == "no CUDA"
 
 
 def test_the_document_is_json_and_holds_everything() -> None:

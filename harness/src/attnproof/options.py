@@ -54,6 +54,8 @@ class Options:
     json: Path | None = field(default=None)
     resume: bool = False
     case: str | None = None
+    model: str | None = None  # judged inside that model, in place of the chapters
+    skip_budget: int | None = None  # cases that may go without being run; None: any number
 
     @property
     def journal(self) -> Path | None:
@@ -100,6 +102,7 @@ def add_options(add: Any) -> None:
     text("case", "CASE_ID", "judge exactly this case, whatever the level")
     text("seed", "N", "added to the seed of every case", type=int, default=0)
     text("timeout", "SECONDS", "limit of a case", type=float, default=60.0)
+    text("skip-budget", "N", "fail when more cases than that are not run", type=int)
     text("deviations", "FILE", "known deviations instead of those that ship, or none")
     text(
         "json",
@@ -140,6 +143,7 @@ def read_options(given: argparse.Namespace) -> Options | None:
         json=None if given.attn_json is None else Path(given.attn_json),
         resume=given.attn_resume,
         case=given.attn_case,
+        skip_budget=given.attn_skip_budget,
     )
     _check(options)
     return options
@@ -161,7 +165,9 @@ def _strays(given: argparse.Namespace) -> list[str]:
     return [
         f"--{name.replace('_', '-')}"
         for name, value in sorted(vars(given).items())
-        if name.startswith("attn_") and value and value != defaults.get(name)
+        if name.startswith("attn_")
+        and value is not False
+        and value not in (None, [], defaults.get(name))
     ]
 
 
@@ -186,6 +192,8 @@ def _check(options: Options) -> None:
                 )
     if not (math.isfinite(options.timeout) and options.timeout > 0):
         raise OptionError(f"--attn-timeout {options.timeout:g}: accepted is a time above 0 seconds")
+    if options.skip_budget is not None and options.skip_budget < 0:
+        raise OptionError(f"--attn-skip-budget {options.skip_budget}: accepted is 0 or more cases")
     if options.resume and options.json is None:
         raise OptionError("--attn-resume: needs --attn-json, which names the run to go on with")
     if options.json is not None and (why := _unwritable(options.json)):

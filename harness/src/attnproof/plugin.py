@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from . import spread
+from .markers import DECLARED, unmet
 from .options import OptionError, Options, add_options, environment, read_options
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Understand the options; give an xdist worker its GPU and cores before torch can start."""
+    for line in DECLARED:
+        config.addinivalue_line("markers", line)
     try:
         options = read_options(config.option)
     except OptionError as error:
@@ -45,13 +49,10 @@ def pytest_configure(config: pytest.Config) -> None:
             )
         return
     config.stash[OPTIONS] = options
-    from . import recorder as recording
+    spread.pytest_configure(config)
+    from .recorder import Recorder
 
-    worker = getattr(config, "workerinput", None)
-    if worker is not None:
-        recording.choose_gpu(worker["workerid"])
-        recording.share_cores(worker["workercount"])
-    recorder = recording.Recorder(options, worker)
+    recorder = Recorder(options, getattr(config, "workerinput", None))
     config.stash[RECORDER] = recorder
     config.pluginmanager.register(recorder, "attnproof-recorder")
 
@@ -98,6 +99,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if len(kept) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that needs another GPU than there is; a judged case is recorded so."""
+    reason = unmet(item)
+    if reason is None:
+        return
+    if OPTIONS in item.config.stash:
+        item.config.stash[RECORDER].refuse(item, reason)
+    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

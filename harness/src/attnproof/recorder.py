@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,10 @@ from attn_reference.problem import Problem
 from . import cases
 from .cases import Case
 from .deviations import DeviationsError, load_deviations
-from .environment import cores
 from .options import Options, make_subject, resolved_device
 from .record import CaseRecord, Journal, JournalError
 from .report.results import write_results
-from .report.summary import summarise
+from .report.summary import Summary, summarise
 from .report.table import feature_table
 from .report.verdict_text import verdict_text
 from .subject import Subject
@@ -35,24 +33,6 @@ from .targets import LoadError
 from .verdict import NOT_JUDGED, NotConforming, Status, Verdict
 
 PROPERTY = "attnproof"  # the name of the property of a report that carries the record
-GPUS = Path("/proc/driver/nvidia/gpus")
-
-
-def choose_gpu(worker: str) -> None:
-    """Give each xdist worker (gw0, gw1, …) one of the caller's GPUs, in turn."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        devices = [name.strip() for name in given.split(",") if name.strip()]
-    else:
-        devices = [str(n) for n in range(len(list(GPUS.iterdir())))] if GPUS.is_dir() else []
-    if devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(worker.removeprefix("gw")) % len(devices)]
-
-
-def share_cores(workers: int) -> None:
-    """Give each xdist worker, and the target's process, its share of the cores, unless the caller
-    has said otherwise: too many threads wait for each other."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // workers)))
 
 
 def chosen_cases(options: Options, function: Callable[..., Any], module: Path) -> list[Case] | None:
@@ -138,6 +118,11 @@ class Recorder:
         if self._subject is not None:
             self._subject.last_verdict = None
 
+    def refuse(self, item: pytest.Item, reason: str) -> None:
+        """End a case that this machine cannot run, as unavailable; other tests are let pass."""
+        if _case_of(item) is not None:
+            raise NotConforming(Verdict(status=Status.UNAVAILABLE, reason=reason))
+
     def judged(self, item: pytest.Item, call: pytest.CallInfo[Any], report: Any) -> None:
         """Turn the end of a case into an outcome, a text and a record."""
         case = _case_of(item)
@@ -203,7 +188,9 @@ class Recorder:
         if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and everything:
             session.exitstatus = pytest.ExitCode.OK
         if session.exitstatus == pytest.ExitCode.OK and (
-            self.problems or any(_fails(record) for record in everything)
+            self.problems
+            or any(_fails(record) for record in everything)
+            or self._summary().over_budget
         ):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -212,15 +199,18 @@ class Recorder:
         everything = [*self.finished.values(), *self.records]
         if self.is_worker or not everything:
             return
-        complaints = self.complaints()
-        summary = summarise(everything, complaints)
+        summary = self._summary()
         terminalreporter.section(f"attnproof: {self.options.target}")
         terminalreporter.write(_as_text(feature_table(summary)))
-        lines = [summary.line, *self.problems, *complaints]
+        lines = [*summary.not_run_lines, summary.line, *self.problems, *summary.complaints]
         if self.finished:
             lines.append(f"{len(self.finished)} cases taken over from {self.options.journal}")
         for line in lines:
             terminalreporter.write_line(line)
+
+    def _summary(self) -> Summary:
+        everything = [*self.finished.values(), *self.records]
+        return summarise(everything, self.complaints(), skip_budget=self.options.skip_budget)
 
     def _open_journal(self) -> None:
         path = self.options.journal

@@ -45,29 +45,29 @@ class Requirement:
         if self.memory < 0:
             raise ValueError(f"memory={self.memory}: accepted are 0 bytes or more")
 
-    def unmet(self, device: Device) -> list[str]:
+    def unmet(self, device: Device | None) -> list[str]:
         """What the device lacks, a sentence each that names what is needed and what is there;
-        empty when it lacks nothing. A version that is not known counts as met."""
+        empty when it lacks nothing. None is no GPU. A version that nobody says counts as met."""
+        there = "torch finds no CUDA device here" if device is None else f"this is {device}"
         lacks = []
-        if self.arch_min is not None and device.capability < capability_of(self.arch_min):
-            lacks.append(f"{self.arch_min} or newer ({_names_since(self.arch_min)})")
-        if self.archs and device.sm not in self.archs:
-            named = f"one of {', '.join(self.archs)}" if len(self.archs) > 1 else self.archs[0]
-            lacks.append(f"{named} ({_names(map(capability_of, self.archs))})")
-        said = [f"{self.who} needs {what}; this is {device}" for what in lacks]
-        if device.memory < self.memory:
-            said.append(
-                f"{self.who} needs {size(self.memory)} of GPU memory; "
-                f"{device} has {size(device.memory)}"
-            )
-        for what, needed, there in (
-            ("NVIDIA driver", self.driver_min, device.driver),
-            ("torch built with CUDA", self.cuda_min, device.cuda),
-            ("torch", self.torch_min, device.torch),
+        if self.arch_min is not None and (
+            device is None or device.capability < capability_of(self.arch_min)
         ):
-            if needed and there and _numbers(there) < _numbers(needed):
-                said.append(f"{self.who} needs {what} {needed} or newer; here is {there}")
-        return said
+            lacks.append(f"{self.arch_min} or newer ({_names_since(self.arch_min)}); {there}")
+        if self.archs and (device is None or device.sm not in self.archs):
+            named = f"one of {', '.join(self.archs)}" if len(self.archs) > 1 else self.archs[0]
+            lacks.append(f"{named} ({_names(map(capability_of, self.archs))}); {there}")
+        if self.memory and (device is None or device.memory < self.memory):
+            with_memory = "" if device is None else f", with {size(device.memory)}"
+            lacks.append(f"{size(self.memory)} of GPU memory; {there}{with_memory}")
+        for what, needed, found in (
+            ("NVIDIA driver", self.driver_min, device and device.driver),
+            ("torch built with CUDA", self.cuda_min, device and device.cuda),
+            ("torch", self.torch_min, device and device.torch),
+        ):
+            if needed and found and _numbers(found) < _numbers(needed):
+                lacks.append(f"{what} {needed} or newer; here is {found}")
+        return [f"{self.who} needs {lack}" for lack in lacks]
 
     def refused_dtypes(self, device: Device) -> dict[str, str]:
         """The dtypes that it takes on newer architectures only, each with the sentence."""

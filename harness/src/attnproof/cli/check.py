@@ -76,6 +76,14 @@ def check(
         typer.Option(metavar="FILE", help="Write the results there, as they come to FILE + l."),
     ] = None,
     resume: Annotated[
+    skip_budget: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Exit with 1 when more cases than that are not run. [default: any number]",
+            show_default=False,
+        ),
+    ] = None,
         bool, typer.Option("--resume", help="Go on with the run that --json FILE holds.")
     ] = False,
     report: Annotated[
@@ -85,8 +93,8 @@ def check(
 ) -> None:
     """Judge whether TARGET computes attention.
 
-    Exit status: 0 it conforms, 1 it does not, 2 usage or TARGET cannot be loaded, 3 nothing could
-    be judged here.
+    Exit status: 0 it conforms, 1 it does not, or more cases than --skip-budget were not run, 2
+    usage or TARGET cannot be loaded, 3 nothing could be judged here.
     """
     options = make_options(
         target=target,
@@ -109,8 +117,14 @@ def check(
     session = run_session(options, _workers(workers, options), Watcher(progress))
     if session.refused is not None:
         stop(session.refused)
+        skip_budget=skip_budget,
     if session.unavailable is not None:
-        stop(f"{target}: cannot be judged here: {session.unavailable}", Exit.NOT_JUDGED)
+        for problem in session.problems:
+            typer.echo(problem, err=True)
+        over = options.skip_budget is not None
+        status = Exit.DOES_NOT if over else Exit.NOT_JUDGED
+        budget = f"; the skip budget is {options.skip_budget}" if over else ""
+        stop(f"{target}: cannot be judged here: {session.unavailable}{budget}", status)
     if session.broken is not None:
         typer.echo(session.broken, err=True)
         stop("the harness itself failed, see above", Exit.DOES_NOT)
@@ -122,7 +136,7 @@ def check(
 def _tell(options: Options, session: Session, report: Path | None, progress: Console) -> Exit:
     """Print and write what came out, and give the exit status."""
     out = console()
-    summary = summarise(session.records, session.complaints)
+    summary = summarise(session.records, session.complaints, skip_budget=options.skip_budget)
     smallest = {}
     if not session.interrupted:
         from ..smallest import smallest_of  # imports torch, which --help can do without
@@ -148,6 +162,8 @@ def _failing(records: Sequence[CaseRecord]) -> list[CaseRecord]:
 
 def _print_failing(
     out: Console,
+    for line in summary.not_run_lines:
+        out.print(line, markup=False, soft_wrap=True)
     records: Sequence[CaseRecord],
     summary: Summary,
     options: Options,

@@ -92,6 +92,7 @@ def make_options(**given: Any) -> Options:
         "json": None,
         "resume": False,
         "case": None,
+        "skip_budget": None,
     }
     namespace = {f"attn_{name}": value for name, value in (defaults | given).items()}
     try:

@@ -21,6 +21,7 @@ import pytest
 from ..environment import cores
 from ..options import Options
 from ..record import CaseRecord
+from ..report.results import write_results
 from ..report.summary import Exit
 
 CONFORMANCE = Path(__file__).parents[1] / "conformance"
@@ -68,7 +69,9 @@ def run_session(options: Options, workers: int, watcher: object) -> Session:
         return _nothing(refused=_one_line(said.getvalue()))
     recorder = quiet.recorder
     if recorder is not None and recorder.unavailable is not None:
-        return _nothing(unavailable=recorder.unavailable)
+        why, finished = recorder.unavailable, list(recorder.finished.values())
+        lost = write_results(options, finished, [], why) if options.json is not None else []
+        return _nothing(unavailable=why, problems=tuple(lost))
     if ended == pytest.ExitCode.INTERNAL_ERROR or recorder is None:
         return _nothing(broken=quiet.text() + said.getvalue())
     taken = list(recorder.finished.values())
@@ -184,9 +187,11 @@ def _workers_stderr(workers: int) -> Iterator[Callable[[], str]]:
             os.close(before)
 
 
-def _nothing(**why: str) -> Session:
+def _nothing(*, problems: tuple[str, ...] = (), **why: str) -> Session:
     """A session without records."""
-    return Session(records=(), taken_over=0, complaints=(), problems=(), interrupted=False, **why)
+    return Session(
+        records=(), taken_over=0, complaints=(), problems=problems, interrupted=False, **why
+    )
 
 
 def _one_line(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..device import current_device
+from ..requirement import Requirement
 from ..subject import Subject
 from ..verdict import Status
 
@@ -28,11 +30,6 @@ def require_device_memory(subject: Subject, nbytes: int) -> None:
     """A GPU with that much memory; on the CPU what is asked for is address space alone."""
     if subject.device != "cuda":
         return
-    import torch
-
-    there = torch.cuda.get_device_properties(0).total_memory
-    if there < nbytes:
-        raise subject.verdict_error(
-            Status.UNAVAILABLE,
-            f"needs {nbytes / 2**30:.0f} GiB of GPU memory, of which there are {there / 2**30:.0f}",
-        )
+    lacks = Requirement(who="this case", memory=nbytes).unmet(current_device())
+    if lacks:
+        raise subject.verdict_error(Status.UNAVAILABLE, "; ".join(lacks))

@@ -14,15 +14,19 @@ from .summary import document
 
 
 def write_results(
-    options: Options, records: Sequence[CaseRecord], complaints: Sequence[str]
+    options: Options,
+    records: Sequence[CaseRecord],
+    complaints: Sequence[str],
+    unavailable: str | None = None,
 ) -> list[str]:
     """Write environment, options, summary and a row per feature and per case to ``options.json``.
 
+    unavailable: why the target cannot run here, where that ended the run.
     Gives what went wrong, a sentence each.
     """
     assert options.json is not None
     run = asdict(options) | {"json": str(options.json)}
-    found = json_values(document(records, environment(), run, complaints))
+    found = json_values(document(records, environment(), run, complaints, unavailable))
     text = json.dumps(found, indent=1, allow_nan=False)
     part = options.json.with_name(options.json.name + ".part")
     try:

@@ -16,6 +16,8 @@ from .verdict_text import gist
 FAILED = frozenset({Status.DEVIATES, Status.CRASHED, Status.TIMED_OUT})
 SUSPECTS = 2  # mistakes named in the verdict line
 LINE_FEATURES = 6  # features named in the verdict line
+REASONS = 12  # why cases were not run that are told one by one
+NOT_RUN = frozenset({Status.UNSUPPORTED, Status.UNAVAILABLE})
 
 
 class Exit(IntEnum):
@@ -82,6 +84,34 @@ class Summary:
     suspects: tuple[str, ...] = ()  # what failing cases look like, most frequent first
     reasons: tuple[str, ...] = ()  # why cases were not judged, most frequent first
     complaints: tuple[str, ...] = field(default=())  # what is out of date in the deviations file
+    not_run: tuple[tuple[str, int], ...] = ()  # why cases were not run, and how many, most first
+    unavailable: str | None = None  # why the target cannot run here, where nothing was asked of it
+    skip_budget: int | None = None  # cases that may go without being run; None: any number
+
+    @property
+    def over_budget(self) -> str | None:
+        """How many cases more than the skip budget allows were not run, in a sentence; None when
+        it holds. A target that cannot run here is over every budget."""
+        if self.skip_budget is None:
+            return None
+        allowed = f"the skip budget is {self.skip_budget}"
+        if self.unavailable is not None:
+            return f"nothing was run, and {allowed}: {self.unavailable}"
+        if self.total.unsupported > self.skip_budget:
+            return f"{plural(self.total.unsupported, 'case')} not run, and {allowed}"
+        return None
+
+    @property
+    def not_run_lines(self) -> list[str]:
+        """How many cases were not run and why, for a terminal; empty when all were."""
+        if not self.not_run:
+            return []
+        lines = [f"not run: {self.total.unsupported} of {plural(self.total.cases, 'case')}"]
+        lines += [f"{count:>6}  {reason}" for reason, count in self.not_run[:REASONS]]
+        if further := self.not_run[REASONS:]:
+            count = sum(number for _, number in further)
+            lines.append(f"{count:>6}  for {plural(len(further), 'further reason')}")
+        return lines
 
     @property
     def failing(self) -> list[FeatureRow]:
@@ -92,7 +122,7 @@ class Summary:
     @property
     def exit(self) -> Exit:
         """The exit status that the run deserves."""
-        if self.total.failed:
+        if self.total.failed or self.over_budget:
             return Exit.DOES_NOT
         if not self.total.judged:
             return Exit.NOT_JUDGED
@@ -110,6 +140,10 @@ class Summary:
             kinds = "deviates" if self.total.deviates else "crashes"
             guess = f" – looks like: {'; '.join(self.suspects)}" if self.suspects else ""
             return f"{kinds}: {', '.join(named)}{guess}"
+        if self.over_budget:
+            return f"not run: {self.over_budget}"
+        if self.unavailable is not None:
+            return f"could not be judged: {self.unavailable}"
         if not self.total.judged:
             why = f": {self.reasons[0]}" if self.reasons else ""
             return f"could not be judged: {counts or 'no cases'}{why}"
@@ -130,18 +164,32 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; infinite numbers as text."""
         return {
-            "verdict": VERDICTS[self.exit],
+            "verdict": "not run"
+            if self.over_budget and not self.total.failed
+            else VERDICTS[self.exit],
             "line": self.line,
             "exit_status": int(self.exit),
             "counts": {k: v for k, v in _plain(self.total).items() if k != "feature"},
             "looks_like": list(self.suspects),
             "not_judged_because": list(self.reasons),
+            "not_run": [{"reason": reason, "cases": count} for reason, count in self.not_run],
+            "unavailable": self.unavailable,
             "deviations_out_of_date": list(self.complaints),
         }
 
 
-def summarise(records: Iterable[CaseRecord], complaints: Sequence[str] = ()) -> Summary:
-    """The rows and the verdict of a run; ``complaints`` are those of the deviations file."""
+def summarise(
+    records: Iterable[CaseRecord],
+    complaints: Sequence[str] = (),
+    *,
+    unavailable: str | None = None,
+    skip_budget: int | None = None,
+) -> Summary:
+    """The rows and the verdict of a run.
+
+    complaints: of the deviations file. unavailable: why the target cannot run here, where that
+    ended the run. skip_budget: how many cases may go without being run.
+    """
     records = list(records)
     features = sorted({record.feature for record in records})
     failing = [r for r in records if r.known is None and r.status in FAILED]
@@ -151,10 +199,13 @@ def summarise(records: Iterable[CaseRecord], complaints: Sequence[str] = ()) -> 
         ),
         total=_row("all", records),
         suspects=_suspects(failing),
-        reasons=_most_frequent(
-            str(r.verdict.get("reason", "")) for r in records if r.status in NOT_JUDGED
+        reasons=tuple(
+            reason for reason, _ in _most_frequent(r for r in records if r.status in NOT_JUDGED)
         ),
         complaints=tuple(complaints),
+        not_run=_most_frequent(r for r in records if r.status in NOT_RUN),
+        unavailable=unavailable,
+        skip_budget=skip_budget,
     )
 
 
@@ -163,10 +214,13 @@ def document(
     environment: Mapping[str, Any],
     run: Mapping[str, Any],
     complaints: Sequence[str] = (),
+    unavailable: str | None = None,
 ) -> dict[str, Any]:
     """The JSON of a run: environment, options, summary, a row per feature and one per case."""
     records = sorted(records, key=lambda record: record.id)
-    summary = summarise(records, complaints)
+    summary = summarise(
+        records, complaints, unavailable=unavailable, skip_budget=run.get("skip_budget")
+    )
     return {
         "environment": dict(environment),
         "run": dict(run),
@@ -209,8 +263,10 @@ def _suspects(failing: Sequence[CaseRecord]) -> tuple[str, ...]:
     return tuple(guess for guess, _ in guesses.most_common(SUSPECTS))
 
 
-def _most_frequent(texts: Iterable[str]) -> tuple[str, ...]:
-    return tuple(text for text, _ in Counter(t for t in texts if t).most_common())
+def _most_frequent(records: Iterable[CaseRecord]) -> tuple[tuple[str, int], ...]:
+    """The reasons of verdicts, and of how many, the most frequent first."""
+    reasons = (str(record.verdict.get("reason", "")) for record in records)
+    return tuple(Counter(reason for reason in reasons if reason).most_common())
 
 
 def _case(record: CaseRecord) -> dict[str, Any]:
