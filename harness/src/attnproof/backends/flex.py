@@ -3,7 +3,8 @@
 A score_mod holds what changes a score (softcap, bias, ALiBi), a mask_mod what hides a key
 (causality, window, lengths, packed sequences, the boolean mask). Both are written with indices
 alone, so that the kernel for which they are compiled, and torch's own uncompiled function,
-compute the same.
+compute the same. Sizes are dynamic, and the numbers of the rules are tensors: a kernel is compiled
+for each dtype, head dimension and set of rules, not for each problem.
 """
 
 from __future__ import annotations
@@ -32,10 +33,7 @@ from ..signatures.common import FunctionBackend
 from .positions import without_padding
 
 SMALLEST_HEAD_DIM = 16  # Triton's dot takes no less
-# Dynamo tries the graphs that it has one after another; after so many problems all are forgotten.
-PROBLEMS_COMPILED = 256
-# More than that many problems need: a graph with and without gradients, and for each layout.
-GRAPHS = 8 * PROBLEMS_COMPILED
+GRAPHS = 1 << 14  # more than any run compiles; beyond its limit Dynamo gives up
 TANH_ERROR = 2.0**-22  # of CUDA's library, relative, as measured for the Triton backend
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -45,13 +43,13 @@ Diagonal = Callable[[Tensor, Tensor], Tensor]  # (b, i): the key that lies on qu
 
 def attention(function: Callable[..., Any], inputs: Inputs, problem: Problem) -> Attention:
     """Attention by ``function``, which is ``flex_attention``, compiled or not."""
-    diagonal = _diagonal(inputs, problem)
+    diagonal = diagonal_of(inputs, problem)
     out, aux = function(
         inputs.q,
         without_padding(inputs.k, inputs),
         without_padding(inputs.v, inputs),
         score_mod=score_mod(inputs, problem, diagonal),
-        block_mask=_block_mask(inputs, problem, diagonal),
+        block_mask=block_mask_of(inputs, problem, diagonal),
         scale=problem.softmax_scale,
         enable_gqa=problem.group > 1,
         return_aux=AuxRequest(lse=True),
@@ -69,11 +67,14 @@ def compiled(inputs: Inputs, problem: Problem) -> Attention:
     if least < SMALLEST_HEAD_DIM:
         raise NotImplementedError(f"head_dim {least} is below the {SMALLEST_HEAD_DIM} of Triton")
     import torch._dynamo
+    import torch._inductor.config
 
-    _forget_too_many(problem)
-    limits = torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS)
     try:
-        with limits:
+        with (
+            torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS),
+            # A run has a process for each core: none of them needs a pool of its own.
+            torch._inductor.config.patch(compile_threads=1),
+        ):
             return attention(_compiled_function(), inputs, problem)
     except RuntimeError as error:
         if "out of resource" not in str(error):
@@ -87,8 +88,7 @@ def score_mod(inputs: Inputs, problem: Problem, diagonal: Diagonal) -> ScoreMod 
     slopes = inputs.alibi_slopes
     if not problem.softcap and bias is None and slopes is None:
         return None
-    # A tensor: a number would be compiled in.
-    cap = inputs.q.new_full((), problem.softcap, dtype=torch.float32) if problem.softcap else None
+    cap = _number(problem.softcap, torch.float32, inputs) if problem.softcap else None
     if bias is not None and bias.requires_grad:
         bias = bias.contiguous()  # else the kernel adds its gradient up, in the dtype of the bias
 
@@ -107,12 +107,13 @@ def score_mod(inputs: Inputs, problem: Problem, diagonal: Diagonal) -> ScoreMod 
 def mask_mods(inputs: Inputs, problem: Problem, diagonal: Diagonal) -> list[MaskMod]:
     """The rules of which each says whether a key may be seen."""
     rules: list[MaskMod] = []
-    left, right = problem.window or (None, None)
-    if problem.causal != "none":
-        right = 0
+    sides = problem.window or (None, None)
+    left, right = (None if n is None else _number(n, torch.int32, inputs) for n in sides)
     if left is not None:
         rules.append(lambda b, h, i, j: j >= diagonal(b, i) - left)
-    if right is not None:
+    if problem.causal != "none":
+        rules.append(lambda b, h, i, j: j <= diagonal(b, i))
+    elif right is not None:
         rules.append(lambda b, h, i, j: j <= diagonal(b, i) + right)
     if (lengths := inputs.key_lengths) is not None:
         rules.append(lambda b, h, i, j: j < lengths[b])
@@ -125,7 +126,7 @@ def mask_mods(inputs: Inputs, problem: Problem, diagonal: Diagonal) -> list[Mask
     return rules
 
 
-def _block_mask(inputs: Inputs, problem: Problem, diagonal: Diagonal) -> BlockMask | None:
+def block_mask_of(inputs: Inputs, problem: Problem, diagonal: Diagonal) -> BlockMask | None:
     """The rules, and the blocks in which they leave something; None where there are none."""
     rules = mask_mods(inputs, problem, diagonal)
     if not rules:
@@ -143,7 +144,7 @@ def _block_mask(inputs: Inputs, problem: Problem, diagonal: Diagonal) -> BlockMa
     )
 
 
-def _diagonal(inputs: Inputs, problem: Problem) -> Diagonal:
+def diagonal_of(inputs: Inputs, problem: Problem) -> Diagonal:
     """Where the diagonal lies that causality, windows and ALiBi are measured from."""
     from_the_end = problem.causal != "top-left"
     if inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None:
@@ -154,7 +155,9 @@ def _diagonal(inputs: Inputs, problem: Problem) -> Diagonal:
     if inputs.key_lengths is not None and from_the_end:
         offsets = inputs.key_lengths - problem.seqlen_q
         return lambda b, i: i + offsets[b]
-    offset = problem.keys - problem.seqlen_q if from_the_end else 0
+    if not from_the_end:
+        return lambda b, i: i
+    offset = _number(problem.keys - problem.seqlen_q, torch.int32, inputs)
     return lambda b, i: i + offset
 
 
@@ -171,23 +174,15 @@ def _full(tensor: Tensor | None, problem: Problem, inputs: Inputs) -> Tensor | N
     return tensor.expand(inputs.q.shape[0], problem.heads_q, inputs.q.shape[2], inputs.k.shape[2])
 
 
+def _number(value: float, dtype: torch.dtype, inputs: Inputs) -> Tensor:
+    """A number of the problem as a tensor: otherwise it would be compiled in."""
+    return inputs.q.new_full((), value, dtype=dtype)
+
+
 @cache
 def _compiled_function() -> Callable[..., Any]:
     # Not a full graph would be another implementation, uncompiled.
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
-
-
-_problems: set[Problem] = set()
-
-
-def _forget_too_many(problem: Problem) -> None:
-    """Remember the problem, as far as its graph depends on it; drop all graphs when it is one too
-    many."""
-    bare = replace(problem, seed=0, distribution="normal", softcap=float(problem.softcap > 0))
-    if bare not in _problems and len(_problems) >= PROBLEMS_COMPILED:
-        torch._dynamo.reset()
-        _problems.clear()
-    _problems.add(bare)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 flex = FunctionBackend(

@@ -53,7 +53,7 @@ _own_pid = os.getpid
 _POOL_WORKER: CodeType = concurrent.futures.thread._worker.__code__
 _OWN_PACKAGES = tuple(
     os.path.join(folder, "")
-    for name in ("torch", "triton")
+    for name in ("torch", "triton", "tqdm")  # with tqdm torch's compiler shows its progress
     if (spec := importlib.util.find_spec(name)) is not None
     for folder in spec.submodule_search_locations or ()
 )
@@ -139,7 +139,7 @@ class Threads:
         """The threads started since that still run after a short grace, in words.
 
         Exempt are idle workers of a thread pool, which have no work to write anything with,
-        and threads of torch and triton themselves (their compilers keep some).
+        and threads of torch, triton and tqdm themselves (compilers keep some).
         """
         deadline = _now() + GRACE_SECONDS
         looked_twice = False
