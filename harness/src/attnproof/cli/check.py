@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,7 @@ from .common import (
     progress_console,
     stop,
 )
+from .model import require_known, run_model
 from .progress import Watcher
 from .session import Session, run_session
 
@@ -60,11 +62,27 @@ def check(
             metavar="NAME", help="Judge this chapter only; may be repeated. `attnproof list`."
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="Judge it inside a model of transformers, such as llama-tiny, not by chapters.",
+        ),
+    ] = None,
     seed: Seed = 0,
     timeout: Timeout = 60.0,
     deviations: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Known deviations in place of those that ship, or none."),
+    ] = None,
+    skip_budget: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Exit with 1 when more cases than that are not run. [default: any number]",
+            show_default=False,
+        ),
     ] = None,
     in_process: InProcess = False,
     workers: Annotated[
@@ -76,14 +94,6 @@ def check(
         typer.Option(metavar="FILE", help="Write the results there, as they come to FILE + l."),
     ] = None,
     resume: Annotated[
-    skip_budget: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Exit with 1 when more cases than that are not run. [default: any number]",
-            show_default=False,
-        ),
-    ] = None,
         bool, typer.Option("--resume", help="Go on with the run that --json FILE holds.")
     ] = False,
     report: Annotated[
@@ -107,6 +117,7 @@ def check(
         seed=seed,
         timeout=timeout,
         deviations=deviations,
+        skip_budget=skip_budget,
         in_process=in_process,
         json=json,
         resume=resume,
@@ -114,10 +125,15 @@ def check(
     if report is not None and report.exists() and not report.is_dir():
         stop(f"--report {report}: is a file; accepted is a folder")
     progress = progress_console()
-    session = run_session(options, _workers(workers, options), Watcher(progress))
+    if model is None:
+        session = run_session(options, _workers(workers, options), Watcher(progress))
+    else:
+        given = {"precision": precision, "chapter": chapter, "deviations": deviations}
+        require_known(model, given | {"resume": resume, "workers": workers})
+        options = replace(options, model=model)
+        session = run_model(options, progress)
     if session.refused is not None:
         stop(session.refused)
-        skip_budget=skip_budget,
     if session.unavailable is not None:
         for problem in session.problems:
             typer.echo(problem, err=True)
@@ -138,7 +154,7 @@ def _tell(options: Options, session: Session, report: Path | None, progress: Con
     out = console()
     summary = summarise(session.records, session.complaints, skip_budget=options.skip_budget)
     smallest = {}
-    if not session.interrupted:
+    if options.model is None and not session.interrupted:
         from ..smallest import smallest_of  # imports torch, which --help can do without
 
         first = _first_of_each(_failing(session.records), summary)[:IN_FULL]
@@ -146,6 +162,8 @@ def _tell(options: Options, session: Session, report: Path | None, progress: Con
             smallest = smallest_of(options, first, SHRINK_SECONDS)
     _print_failing(out, session.records, summary, options, smallest)
     out.print(feature_table(summary))
+    for line in summary.not_run_lines:
+        out.print(line, markup=False, soft_wrap=True)
     problems = list(session.problems)
     if report is not None:
         problems += _write_report(report, options, summary, session.records, smallest)
@@ -162,8 +180,6 @@ def _failing(records: Sequence[CaseRecord]) -> list[CaseRecord]:
 
 def _print_failing(
     out: Console,
-    for line in summary.not_run_lines:
-        out.print(line, markup=False, soft_wrap=True)
     records: Sequence[CaseRecord],
     summary: Summary,
     options: Options,

@@ -73,6 +73,8 @@ def gist(verdict: Mapping[str, Any]) -> str:
 def replay_command(case_id: str, options: Options) -> str:
     """The command that runs this case alone."""
     words = ["attnproof", "replay", case_id, "--target", options.target]
+    if options.model is not None:  # of which only the whole can be run again
+        words = ["attnproof", "check", options.target, "--model", options.model]
     defaults = Options(target=options.target)
     for name in REPLAYED:
         value = getattr(options, name)

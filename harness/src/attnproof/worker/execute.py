@@ -129,7 +129,7 @@ class Executor:
         except BaseException as error:  # SystemExit too: it is the target's, not the run's
             if self.interruptible and isinstance(error, KeyboardInterrupt):
                 raise
-            _record(error, result, self.device)
+            record_exception(error, result, self.device)
         result.seconds = _clock() - start
         if computed is not None:
             # Copied before anything else, so that what is written late is seen as a change.
@@ -213,7 +213,7 @@ def _read_again(kept: list[Returned], results: list[CallResult]) -> None:
             )
 
 
-def _record(error: BaseException, result: CallResult, device: str) -> None:
+def record_exception(error: BaseException, result: CallResult, device: str) -> None:
     """Put an exception of the target where it belongs; raises when it ends the plan."""
     text = f"{type(error).__name__}: {_text_of(error)}"[:TEXT_LIMIT]
     if _is_out_of_memory(error, text):

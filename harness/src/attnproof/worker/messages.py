@@ -67,7 +67,7 @@ def results_header(results: Sequence[CallResult]) -> tuple[list[Header], list[me
         for role, tensor in _tensors(result):
             dtype = str(tensor.dtype).removeprefix("torch.")
             tensors.append({"role": role, "dtype": dtype, "shape": list(tensor.shape)})
-            payload.append(_bytes_of(tensor).data)
+            payload.append(bytes_of(tensor).data)
         headers.append(
             {
                 "unsupported": result.unsupported,
@@ -82,7 +82,7 @@ def results_header(results: Sequence[CallResult]) -> tuple[list[Header], list[me
     return headers, payload
 
 
-def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     """The memory of a contiguous tensor."""
     raw: NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
     return raw
@@ -114,7 +114,7 @@ def read_results(headers: object, plan: Plan, channel: Channel) -> list[CallResu
             awaited.append(tensor)
         results.append(_result(header, tensors, expect))
     for tensor in awaited:
-        raw = _bytes_of(tensor)
+        raw = bytes_of(tensor)
         channel.receive_into(raw.data)
         if tensor.dtype == torch.bool:
             np.not_equal(raw, 0, out=raw.view(np.bool_))  # any other byte is no bool

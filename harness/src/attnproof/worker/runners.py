@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from attn_reference.inputs import Inputs
 
 from ..backend import Description
+from ..models.scenario import Scenario
 from ..plan import Outcome, Plan, Reply, Surroundings
 from ..targets import LoadError, TargetSpec, describe, load
 from .arena import Arena
@@ -16,7 +18,10 @@ from .child import Child, NoAnswer
 from .execute import Execution, Executor
 from .integrity import Functions, Threads, Watch
 from .messages import plan_header, read_outcome, read_results
-from .protocol import Closed, Header, ProtocolError, clean
+from .models import ModelReply, carry_out, read_reply
+from .protocol import Channel, Closed, Header, ProtocolError, clean
+
+T = TypeVar("T")
 
 LOAD_SECONDS = 300.0  # a target may build its kernels when it is imported
 DYING_SECONDS = 5.0  # from the end of a process's connection to its own
@@ -73,34 +78,64 @@ class IsolatedRunner:
         if self._child is not None:
             self._take_child().end()
 
+    def run_model(self, scenario: Scenario, timeout: float) -> ModelReply:
+        """Run a whole model within ``timeout`` seconds; never raises for what the target does."""
+
+        def read(header: Header, channel: Channel) -> ModelReply:
+            return read_reply(header, scenario, channel)
+
+        reply = self._exchange({"model": scenario.as_dict()}, timeout, read)
+        if isinstance(reply, Reply):
+            return ModelReply(outcome=reply.outcome, reason=reply.reason)
+        if reply.tainted:
+            self.close()
+        return reply
+
     def _answer_to(self, plan: Plan, arena: Arena, timeout: float) -> Reply:
+        request = {"plan": plan_header(plan), "arena": arena.map.as_dict()}
+
+        def read(header: Header, channel: Channel) -> Reply:
+            outcome, reason = read_outcome(header)
+            results = read_results(header.get("results"), plan, channel)
+            if outcome is Outcome.ANSWERED and len(results) != len(plan.calls):
+                raise ProtocolError(f"{len(results)} results of {len(plan.calls)} calls")
+            if header.get("tainted") is not False:
+                self.close()
+            return Reply(outcome=outcome, results=results, reason=reason)
+
+        reply = self._exchange(request, timeout, read, [arena.fileno()])
+        if reply.outcome is Outcome.CRASHED:
+            reply.reason += _guard_hint(plan, reply.reason)
+        return reply
+
+    def _exchange(
+        self,
+        request: Header,
+        timeout: float,
+        read: Callable[[Header, Channel], T],
+        descriptors: Sequence[int] = (),
+    ) -> T | Reply:
+        """Ask the process of the target, and read its answer; a Reply that says why where there
+        is none."""
         try:
             child = self._ready_child()
         except LoadError as error:
             return Reply(outcome=Outcome.CRASHED, reason=f"could not be loaded again: {error}")
         self._serial += 1
-        request = {"serial": self._serial, "plan": plan_header(plan), "arena": arena.map.as_dict()}
         try:
-            header = child.ask(request, timeout, [arena.fileno()])
+            header = child.ask({"serial": self._serial, **request}, timeout, descriptors)
             if header.get("serial") != self._serial:
                 raise ProtocolError("an answer to something else")
-            outcome, reason = read_outcome(header)
-            results = read_results(header.get("results"), plan, child.channel)
-            if outcome is Outcome.ANSWERED and len(results) != len(plan.calls):
-                raise ProtocolError(f"{len(results)} results of {len(plan.calls)} calls")
+            return read(header, child.channel)
         except NoAnswer:
             reason = f"no answer within {timeout:g} s" + self._where()
             return Reply(outcome=Outcome.TIMED_OUT, reason=reason)
         except Closed:
-            how = self._how_it_ended()
-            return Reply(outcome=Outcome.CRASHED, reason=how + _guard_hint(plan, how))
+            return Reply(outcome=Outcome.CRASHED, reason=self._how_it_ended())
         except ProtocolError as error:
             self.close()
-            reason = f"sent {error}, which is no answer to a plan"
+            reason = f"sent {error}, which is no answer to what it was asked"
             return Reply(outcome=Outcome.CRASHED, reason=reason)
-        if header.get("tainted") is not False:
-            self.close()
-        return Reply(outcome=outcome, results=results, reason=reason)
 
     def _ready_child(self) -> Child:
         """A process with the target loaded that has nothing to say unasked."""
@@ -198,6 +233,12 @@ class InProcessRunner:
         finally:
             arena.close()
         return reply
+
+    def run_model(self, scenario: Scenario, timeout: float) -> ModelReply:
+        """Run a whole model; ``timeout`` is not kept."""
+        executor = self._ready()
+        executor.watch = Watch(functions=self._functions, threads=Threads.running())
+        return carry_out(scenario, executor)
 
     def close(self) -> None:
         """Nothing to end."""

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 from attn_reference.inputs import Inputs
 
+from ..models.scenario import Scenario
 from ..plan import Plan
 from ..targets import LoadError, TargetSpec, describe, load
 from .arena import ArenaMap
 from .execute import Executor
 from .integrity import Watch
 from .messages import plan_of, results_header
+from .models import carry_out, reply_header
 from .protocol import TEXT_LIMIT, Channel, Closed, Header
 
 # Taken before any target is loaded.
@@ -44,6 +46,10 @@ def serve(connection: socket.socket) -> None:
 
 
 def _answer(header: Header, channel: Channel, executor: Executor, served_by: int) -> None:
+    if "model" in header:
+        _answer_model(header, channel, executor, served_by)
+        return
+
     def read(inputs: Sequence[Inputs]) -> Plan:
         return plan_of(header["plan"], inputs)
 
@@ -63,3 +69,13 @@ def _answer(header: Header, channel: Channel, executor: Executor, served_by: int
         "results": results,
     }
     channel.send(answer, payload)
+
+
+def _answer_model(header: Header, channel: Channel, executor: Executor, served_by: int) -> None:
+    try:
+        reply = carry_out(Scenario.from_dict(header["model"]), executor)
+    finally:
+        if _own_pid() != served_by:
+            _exit(0)
+    answer, payload = reply_header(reply)
+    channel.send({"serial": header["serial"], **answer}, payload)

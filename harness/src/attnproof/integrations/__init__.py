@@ -1,0 +1,1 @@
+"""Backends in other libraries: ``attnproof.integrations.transformers``."""

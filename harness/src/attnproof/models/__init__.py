@@ -1,0 +1,1 @@
+"""Judging an attention implementation inside a whole model: logits, greedy tokens, gradients."""
