@@ -11,7 +11,7 @@ import torch
 
 from attn_reference.precision import FLASH
 from attn_reference.problem import Problem
-from attnproof import targets
+from attnproof import registry
 from attnproof.backend import Backend, Description
 from attnproof.inputs.make import make_inputs
 from attnproof.precision import cpu_eager_precision, cpu_flash_precision
@@ -234,10 +234,10 @@ def test_a_malformed_declaration_is_a_load_error(tmp_path: Path) -> None:
 
 def test_a_name_that_is_registered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [
-        EntryPoint("twice", "attnproof.backends.eager:eager", targets.GROUP),
-        EntryPoint("twice", "attnproof.backends.sdpa:sdpa", targets.GROUP),
+        EntryPoint("twice", "attnproof.backends.eager:eager", registry.GROUP),
+        EntryPoint("twice", "attnproof.backends.sdpa:sdpa", registry.GROUP),
     ]
-    monkeypatch.setattr(targets, "entry_points", lambda group: points)
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
     assert load_error("twice") == (
         "twice: is registered more than once: "
         "attnproof.backends.eager:eager and attnproof.backends.sdpa:sdpa"
@@ -255,6 +255,6 @@ def test_a_name_that_is_registered_twice(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_registered_backend_that_does_not_load(
     monkeypatch: pytest.MonkeyPatch, value: str, said: str
 ) -> None:
-    point = EntryPoint("broken", value, targets.GROUP)
-    monkeypatch.setattr(targets, "entry_points", lambda group: [point])
+    point = EntryPoint("broken", value, registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
     assert said in load_error("broken")

@@ -86,6 +86,14 @@ def current_device(index: int = 0) -> Device | None:
     )
 
 
+def current_devices() -> list[Device]:
+    """Every GPU that torch has."""
+    import torch
+
+    found = [current_device(index) for index in range(torch.cuda.device_count())]
+    return [device for device in found if device is not None]
+
+
 def driver() -> str | None:
     """The version of the NVIDIA driver, as its kernel module says it; None without one."""
     try:

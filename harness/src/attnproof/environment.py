@@ -7,11 +7,13 @@ import platform
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .device import driver
 from .options import environment as variables
 
 # Distributions whose version bears on a verdict, those that are installed.
@@ -33,13 +35,31 @@ DISTRIBUTIONS = (
 )
 GIB = 2**30
 CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# The limit of a container, and what it uses of it, in versions 2 and 1.
+CGROUP_MEMORY = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+MEMINFO = Path("/proc/meminfo")
 
 
 def environment() -> dict[str, Any]:
     """Plain values, for JSON and for people. Asks torch about GPUs, which loads the driver."""
     import torch
 
+    found = without_torch()
+    found["cpu"] |= {
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "torch_threads": torch.get_num_threads(),
+    }
+    return found | {"gpus": gpus()}
+
+
+def without_torch() -> dict[str, Any]:
+    """``environment()`` as far as torch need not be asked: what it would say is None, or empty."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
@@ -48,12 +68,12 @@ def environment() -> dict[str, Any]:
         "versions": versions(),
         "cpu": {
             "model": cpu_model(),
-            "isa": torch.backends.cpu.get_cpu_capability(),
+            "isa": None,
             "cores": cores(),
-            "torch_threads": torch.get_num_threads(),
+            "torch_threads": None,
         },
         "memory_gib": round(memory_bytes() / GIB, 1),
-        "gpus": gpus(),
+        "gpus": [],
         "variables": variables(),
     }
 
@@ -72,27 +92,12 @@ def commit() -> str | None:
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
-            timeout=5,
+            timeout=2,
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()
-
-
-def driver() -> str | None:
-    """The version of the NVIDIA driver, where its tool is there to say it."""
-    try:
-        found = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.splitlines()[0].strip() if found.stdout.strip() else None
 
 
 def versions() -> dict[str, str]:
@@ -134,12 +139,24 @@ def memory_bytes() -> int:
     limits = []
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for path in map(Path, CGROUP_LIMITS):
+    for path, _ in CGROUP_MEMORY:
         try:
-            limits.append(int(path.read_text(encoding="ascii")))
+            limits.append(int(Path(path).read_text(encoding="ascii")))
         except (OSError, ValueError):  # absent, or "max"
             continue
     return min(limits, default=0)
+
+
+def free_memory_bytes() -> int:
+    """Memory that this process may still take: of the machine, or of its container."""
+    free = []
+    with suppress(OSError):
+        match = re.search(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text("ascii"), re.MULTILINE)
+        free += [int(match[1]) * 1024] if match else []
+    for limit, used in CGROUP_MEMORY:
+        with suppress(OSError, ValueError):  # absent, or "max"
+            free.append(int(Path(limit).read_text("ascii")) - int(Path(used).read_text("ascii")))
+    return max(0, min(free, default=0))
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -174,12 +191,15 @@ def lines(found: dict[str, Any] | None = None) -> list[tuple[str, str]]:
         f"{g['multiprocessors']} SMs, CUDA {g['cuda']}, driver {g['driver']})"
         for g in found["gpus"]
     ]
+    torch_says = f"{cpu['isa']}, {cpu['torch_threads']} threads in torch"
+    if cpu["isa"] is None:
+        torch_says = "torch has not answered"
     cores = "1 core" if cpu["cores"] == 1 else f"{cpu['cores']} cores"
     return [
         ("python", f"{found['python']} ({sys.executable})"),
         ("platform", found["platform"]),
         ("versions", ", ".join(f"{n} {v}" for n, v in found["versions"].items())),
-        ("cpu", f"{cpu['model']}, {cores}, {cpu['isa']}, {cpu['torch_threads']} threads in torch"),
+        ("cpu", f"{cpu['model']}, {cores}, {torch_says}"),
         ("memory", f"{found['memory_gib']} GiB"),
         ("gpu", "; ".join(gpu) or "none that torch sees"),
         ("variables", " ".join(f"{n}={v}" for n, v in found["variables"].items()) or "none set"),

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from .backend import Description
 from .cases import LEVELS, cases_of, chapters, checks, declaration
-from .targets import LoadError, TargetSpec, registered
+from .registry import registered
+from .targets import LoadError, TargetSpec
 from .worker.runners import IsolatedRunner
 
 

@@ -65,7 +65,7 @@ class Requirement:
             ("torch built with CUDA", self.cuda_min, device and device.cuda),
             ("torch", self.torch_min, device and device.torch),
         ):
-            if needed and found and _numbers(found) < _numbers(needed):
+            if needed and found and numbers(found) < numbers(needed):
                 lacks.append(f"{what} {needed} or newer; here is {found}")
         return [f"{self.who} needs {lack}" for lack in lacks]
 
@@ -135,11 +135,11 @@ def _names_since(arch: str) -> str:
     return _names(known for known in ARCHITECTURES if known >= least) or arch
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def numbers(version: str) -> tuple[int, ...]:
     """The numbers that a version begins with: (2, 11, 0) of 2.11.0+cu130, without zeros at the
     end, so that 13 and 13.0 are equal."""
     match = _VERSION.match(version)
-    numbers = [int(number) for number in match[0].split(".")] if match else []
-    while numbers and not numbers[-1]:
-        numbers.pop()
-    return tuple(numbers)
+    found = [int(number) for number in match[0].split(".")] if match else []
+    while found and not found[-1]:
+        found.pop()
+    return tuple(found)

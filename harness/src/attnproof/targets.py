@@ -13,16 +13,16 @@ import importlib
 import importlib.util
 import sys
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from .backend import Backend, Description, DeviceDependent
+from .registry import points_named
+from .registry import registered as registered
 from .requirement import refused_dtypes_here, unmet_here
 from .signatures import SIGNATURES, SignatureMismatch, adapt
 
-GROUP = "attnproof.backends"
 FORMS = "a registered backend, module:function or file.py:function"
 
 
@@ -39,11 +39,6 @@ class TargetSpec:
 
     text: str
     signature: str | None = None
-
-
-def registered() -> dict[str, EntryPoint]:
-    """The registered backends by name, sorted; nothing of them is imported."""
-    return {point.name: point for point in sorted(entry_points(group=GROUP))}
 
 
 def load(spec: TargetSpec, device: str | None = None) -> Backend:
@@ -104,7 +99,7 @@ def describe(backend: Backend, device: str) -> Description:
 
 
 def _registered(name: str) -> Backend:
-    points = [point for point in entry_points(group=GROUP) if point.name == name]
+    points = points_named(name)
     values = sorted({point.value for point in points})
     if len(values) > 1:
         raise LoadError(f"{name}: is registered more than once: {' and '.join(values)}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from ..options import OptionError, Options, read_options
 from ..report.summary import Exit
@@ -46,6 +48,9 @@ InProcess = Annotated[
         help="Run the target in this process, for debuggers, profilers and sanitizers.",
     ),
 ]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Plain values for programs.")]
 
 
 def console() -> Console:
@@ -101,6 +106,16 @@ def make_options(**given: Any) -> Options:
         stop(str(error).removeprefix("--attn-case: ").replace("--attn-", "--"))
     assert options is not None
     return options
+
+
+def pairs(out: Console, rows: Iterable[tuple[str, str]]) -> None:
+    """Print names and texts in two columns."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True, style="bold")
+    grid.add_column()
+    for name, text in rows:
+        grid.add_row(name, Text(text))
+    out.print(grid)
 
 
 @contextmanager

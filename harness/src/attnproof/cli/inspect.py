@@ -1,4 +1,4 @@
-"""``attnproof list``, ``doctor`` and ``explain``: commands that look and judge nothing."""
+"""``attnproof list`` and ``explain``: commands that look and judge nothing."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..options import DEVICES, resolved_device
 from ..report.summary import Exit
-from .common import Device, broken_pipe_is_fine, console, stop
+from .common import Device, Json, broken_pipe_is_fine, console, stop
 
 if TYPE_CHECKING:
     from ..backend import Capabilities
     from ..listing import Check, Listed
-
-Json = Annotated[bool, typer.Option("--json", help="Plain values for programs.")]
 
 
 def list_(device: Device = "auto", json: Json = False) -> None:
@@ -35,25 +32,6 @@ def list_(device: Device = "auto", json: Json = False) -> None:
     with broken_pipe_is_fine():
         out.print(_backend_table(listed))
         out.print(_chapter_table(chapters))
-
-
-def doctor(device: Device = "auto", json: Json = False) -> None:
-    """The environment, which backends run here or why not, and what is odd; for bug reports."""
-    from ..doctor import examine
-    from ..environment import lines
-
-    report = examine(_device(device))
-    if json:
-        typer.echo(json_module.dumps(report, indent=1))
-        return
-    out = console()
-    with broken_pipe_is_fine():
-        _pairs(out, lines(report["environment"]))
-        out.print()
-        _pairs(out, [(b["name"], b["reason"] or "can run here") for b in report["backends"]])
-        out.print()
-        for finding in report["findings"] or ["nothing odd"]:
-            out.print(f"- {finding}")
 
 
 def explain(
@@ -131,15 +109,6 @@ def _chapter_table(chapters: dict[str, list[Check]]) -> Table:
             counts = [str(check.cases[level]) for level in ("quick", "full")]
             table.add_row("" if i else chapter, check.name, check.about, *counts)
     return table
-
-
-def _pairs(out: Console, pairs: list[tuple[str, str]]) -> None:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True, style="bold")
-    grid.add_column()
-    for name, text in pairs:
-        grid.add_row(name, Text(text))
-    out.print(grid)
 
 
 def _plain(listed: list[Listed], chapters: dict[str, list[Check]]) -> dict[str, object]:

@@ -8,8 +8,9 @@ import typer
 
 from ..report.summary import Exit
 from .check import check
+from .doctor import doctor
 from .golden import golden
-from .inspect import doctor, explain, list_
+from .inspect import explain, list_
 from .replay import replay
 from .traffic import traffic
 

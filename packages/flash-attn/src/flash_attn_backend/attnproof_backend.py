@@ -13,6 +13,7 @@ from attn_reference.precision import FLASH, Precision
 from attn_reference.problem import Problem
 from attnproof.backend import Capabilities
 from attnproof.backends.availability import unavailable
+from attnproof.installation import Compilation
 from attnproof.requirement import Requirement
 from attnproof.signatures.keep_mask import with_keep_mask
 
@@ -22,6 +23,11 @@ from .limits import DTYPES, limits
 from .loading import installed_version, numbers, why_not
 
 DEVICES = ("cuda",)
+# Version 2.8.3 for sm_90 alone, on 16 cores; nobody has measured FlashAttention-3.
+COMPILATIONS = {
+    FLASH_ATTN_2.name: Compilation(archs_variable="FLASH_ATTN_CUDA_ARCHS", minutes=26, jobs=15),
+    FLASH_ATTN_3.name: Compilation(),
+}
 TANH_ERROR = 2.0**-11  # of tanh.approx.f32, as the PTX manual gives it
 
 
@@ -61,6 +67,21 @@ class FlashAttnBackend:
                 *found.lacks,
             ),
         )
+
+    @property
+    def install(self) -> str:
+        """The command that installs the library."""
+        return self.form.install
+
+    @property
+    def installed(self) -> bool:
+        """Whether the library is there, usable or not."""
+        return installed_version(self.form) is not None
+
+    @property
+    def compilation(self) -> Compilation | None:
+        """What compiling the library takes."""
+        return COMPILATIONS.get(self.form.name)
 
     def precision(self, device: str) -> Precision:
         """A fused kernel: scores and accumulators in fp32 (the dQ of FlashAttention-2 and -4 by

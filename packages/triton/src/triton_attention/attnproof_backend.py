@@ -13,6 +13,7 @@ from attn_reference.inputs import Attention, Inputs
 from attn_reference.precision import FLASH, Precision
 from attn_reference.problem import FEATURES, GRADIENT_NAMES, Problem
 from attnproof.backend import Capabilities
+from attnproof.requirement import Requirement
 from attnproof.traffic.sources import Setting, Traffic
 
 from . import interpreter
@@ -20,6 +21,7 @@ from .arguments import LARGEST_HEAD_DIM
 from .closed_forms import formula
 from .traffic import V1, V2, Workload, block_for, count
 
+AMPERE = Requirement(who="Triton", arch_min="sm_80")  # as its README says
 # Relative errors beyond fp32 rounding, as measured on an H100 (tests/test_precision.py).
 TANH_ERROR = {"cpu": 0.0, "cuda": 2.0**-22}
 
@@ -30,6 +32,7 @@ class TritonBackend:
 
     name: str
     capabilities: Capabilities
+    requirement: Requirement = AMPERE
 
     def precision(self, device: str) -> Precision:
         """A fused kernel: everything in fp32, P and dS cast to the dtype of the inputs."""
