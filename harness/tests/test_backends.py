@@ -260,8 +260,7 @@ def test_the_forced_kernels_are_not_the_same() -> None:
     problem = BASE.replace(dtype="bf16", seqlen_k=300)
     inputs = make_inputs(problem)
     flash, math, dispatched = (
-        loaded(name).attention(inputs, problem).out
-        for name in ("sdpa-flash", "sdpa-math", "sdpa")
+        loaded(name).attention(inputs, problem).out for name in ("sdpa-flash", "sdpa-math", "sdpa")
     )
     assert not torch.equal(flash, math)
     assert torch.equal(flash, dispatched)

@@ -182,8 +182,10 @@ def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
 def test_kernels_of_a_device() -> None:
     assert kernel("sdpa-math", "cpu").space is CPU
     assert kernel("sdpa-flash", "cuda") is CUDA_KERNELS["sdpa-flash"]
+    assert kernel("flex", "cuda").space is COMPILED
+    assert kernel("sdpa", "cuda").backend.capabilities.devices == ("cuda",)
     with pytest.raises(LoadError):
-        kernel("flex", "cpu")
+        kernel("no-such-kernel", "cpu")
 
 
 def test_the_summary_names_what_is_wrong() -> None:

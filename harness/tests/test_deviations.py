@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,13 @@ def test_a_case_that_conforms_after_all_is_reported(tmp_path: Path) -> None:
     ]
 
 
+def test_what_chance_decides_may_conform(tmp_path: Path) -> None:
+    found = load(tmp_path, WINDOW + "always = false\n")
+    assert found.observe("masks/window/a_fp16", Status.CONFORMS) is None
+    assert found.observe("masks/window/b_fp16", Status.DEVIATES)
+    assert found.complaints() == []
+
+
 @pytest.mark.parametrize(
     ("bounds", "applies"),
     [
@@ -147,6 +155,22 @@ def test_the_files_that_ship_can_be_read() -> None:
         assert targets
 
 
+@pytest.mark.parametrize(
+    "path", sorted(Path(deviations.__file__).parent.glob("*.toml")), ids=lambda path: path.stem
+)
+def test_every_pattern_that_ships_fits_a_case(path: Path) -> None:
+    shipped = [case.id for case in all_cases("full")]
+    for device in ("cpu", "cuda"):
+        _, entries = read_deviations(path, device=device)
+        idle = [
+            pattern
+            for entry in entries
+            for pattern in entry.cases
+            if not any(fnmatchcase(case_id, pattern) for case_id in shipped)
+        ]
+        assert idle == []
+
+
 def test_the_proof_of_torchs_causal_nan() -> None:
     """The reproduction that torch.toml gives: where it fails, the entry is out of date."""
     x = torch.ones(1, 1, 2, 8)
@@ -191,6 +215,7 @@ def test_torchs_causal_nan_is_known_where_it_is_met() -> None:
         (HEAD + WINDOW.replace("https://example.org/1", " "), "deviation 1: proof is ' '"),
         (HEAD + WINDOW + "verdict = 'conforms'", "verdict='conforms': accepted are deviates, cra"),
         (HEAD + WINDOW + "device = 'tpu'", "device='tpu': accepted are cpu, cuda"),
+        (HEAD + WINDOW + "always = 1", "always=1: accepted are true, false"),
         (HEAD + WINDOW + "torch = '2.5'", "torch='2.5': accepted are bounds such as '>=2.5,<2.14'"),
         (HEAD + WINDOW + "torch = 2.5", "torch=2.5: accepted are bounds"),
     ],

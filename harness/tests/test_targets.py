@@ -14,7 +14,11 @@ from attn_reference.problem import Problem
 from attnproof import registry
 from attnproof.backend import Backend, Description
 from attnproof.inputs.make import make_inputs
-from attnproof.precision import cpu_eager_precision, cpu_flash_precision
+from attnproof.precision import (
+    cpu_eager_precision,
+    cpu_flash_precision,
+    cuda_efficient_precision,
+)
 from attnproof.targets import LoadError, TargetSpec, describe, load, registered
 
 SDPA = "torch.nn.functional:scaled_dot_product_attention"
@@ -90,7 +94,7 @@ def test_a_builtin_function_of_a_module_under_a_named_signature() -> None:
     assert backend.name == SDPA
     assert backend.precision("cpu") == load(TargetSpec("sdpa")).precision("cpu")
     assert backend.precision("cpu") == cpu_flash_precision()
-    assert backend.precision("cuda") == FLASH
+    assert backend.precision("cuda") == cuda_efficient_precision()
     problem = Problem(seqlen_q=3, head_dim=8)
     assert backend.attention(make_inputs(problem), problem).out.shape == (1, 1, 3, 8)
 
@@ -128,7 +132,7 @@ def test_a_backend_object_is_a_target(tmp_path: Path) -> None:
 def test_an_unknown_backend_lists_the_known_ones() -> None:
     message = load_error("sdap")
     assert message.startswith("sdap: unknown backend; did you mean sdpa? registered are eager, ")
-    assert "sdpa, sdpa-flash, sdpa-math" in message
+    assert "sdpa, sdpa-cudnn, sdpa-efficient, sdpa-flash, sdpa-math" in message
     assert "module:function" in message
 
 

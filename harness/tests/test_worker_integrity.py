@@ -56,6 +56,27 @@ def test_an_added_attribute_is_no_concern(functions, monkeypatch):
     assert functions.replaced() == []
 
 
+def test_torchs_own_kernels_for_vmap_are_no_concern(functions):
+    torch.vmap(lambda x: x + 1)(torch.zeros(2))  # torch registers them when it is first called
+    assert any(name.endswith("/FuncTorchBatched") for name in torch.library._impls)
+    assert functions.replaced() == []
+
+
+def test_the_progress_of_torchs_compiler_is_no_concern():
+    tqdm = pytest.importorskip("tqdm", reason="tqdm is not installed: torch shows no progress")
+    before = Threads.running()
+    monitor_interval = tqdm.tqdm.monitor_interval
+    assert monitor_interval > 0
+    tqdm.tqdm(range(1), disable=True)  # as in torch/_inductor/async_compile.py
+    try:
+        assert any(thread.name == "tqdm_monitor" for thread in threading.enumerate())
+        assert before.left_running() == []
+    finally:
+        if tqdm.tqdm.monitor is not None:
+            tqdm.tqdm.monitor.exit()
+            tqdm.tqdm.monitor = None
+
+
 def test_an_idle_pool_is_no_concern_and_a_busy_one_is():
     before = Threads.running()
     with ThreadPoolExecutor(2) as pool:

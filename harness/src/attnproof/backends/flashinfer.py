@@ -18,6 +18,7 @@ from attn_reference.problem import Problem
 from attn_reference.sequences import sequences
 
 from ..backend import Capabilities
+from ..requirement import Requirement
 from .library import LibraryBackend
 
 HEAD_DIMS = (64, 128, 256)
@@ -81,4 +82,5 @@ flashinfer = LibraryBackend(
         lse_base="2",
     ),
     call=_prefill,
+    requirement=Requirement(who="flashinfer", arch_min="sm_75", dtypes=(("bf16", "sm_80"),)),
 )

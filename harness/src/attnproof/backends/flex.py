@@ -29,6 +29,7 @@ from attn_reference.precision import FLASH
 from attn_reference.problem import Problem
 
 from ..backend import Capabilities
+from ..requirement import Requirement
 from ..signatures.common import FunctionBackend
 from .positions import without_padding
 
@@ -213,4 +214,6 @@ flex = FunctionBackend(
     ),
     call=compiled,
     declared=replace(FLASH, name="torch-cuda-flex", tanh_error=TANH_ERROR),
+    # What Triton generates code for.
+    requirement=Requirement(who="flex", arch_min="sm_70", dtypes=(("bf16", "sm_80"),)),
 )

@@ -27,6 +27,7 @@ from attn_reference.precision import FLASH, FLASH_FP32_P
 from attn_reference.problem import Problem
 
 from ..precision import cpu_flash_precision, cpu_math_precision, cuda_efficient_precision
+from ..requirement import Requirement
 from ..signatures import sdpa as signature
 from ..signatures.common import FunctionBackend
 from ..signatures.keep_mask import with_keep_mask
@@ -78,6 +79,8 @@ def _flash_on_cpu(inputs: Inputs, problem: Problem) -> Attention:
 _CONTRACT = signature.capabilities_of(signature.CONTRACT)
 _CPU = replace(_CONTRACT, devices=("cpu",))
 _CUDA = replace(_CONTRACT, devices=("cuda",))
+# check_sm_version in sdp_utils.cpp
+_AMPERE = Requirement(who="this kernel of torch", arch_min="sm_80")
 _math = partial(with_keep_mask, partial(_forced, SDPBackend.MATH))
 
 sdpa = ByDevice(
@@ -123,6 +126,7 @@ sdpa_flash = ByDevice(
         ),
         call=partial(_with_lse, SDPBackend.FLASH_ATTENTION, operators.flash),
         declared=FLASH,
+        requirement=_AMPERE,
     ),
 )
 
@@ -137,6 +141,7 @@ sdpa_efficient = FunctionBackend(
     ),
     call=partial(_with_lse, SDPBackend.EFFICIENT_ATTENTION, operators.efficient),
     declared=cuda_efficient_precision(),
+    requirement=Requirement(who="this kernel of torch", dtypes=(("bf16", "sm_80"),)),
 )
 
 sdpa_cudnn = FunctionBackend(
@@ -152,6 +157,7 @@ sdpa_cudnn = FunctionBackend(
     ),
     call=partial(_with_lse, SDPBackend.CUDNN_ATTENTION, operators.cudnn),
     declared=FLASH,
+    requirement=_AMPERE,
 )
 
 sdpa_math = ByDevice(

@@ -12,6 +12,7 @@ they are written on the command line, and lists what deviates:
     verdict = "deviates"                # optional: deviates (default), crashed or timed out
     torch = ">=2.5,<2.14"               # optional
     device = "cpu"                      # optional
+    always = false                      # optional: chance decides, or what ran before it
 """
 
 from .files import DeviationsError, load_deviations, read_deviations

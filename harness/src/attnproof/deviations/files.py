@@ -15,7 +15,7 @@ from ..verdict import Status
 from .known import Deviation, Deviations
 
 REQUIRED = ("cases", "reason", "proof")
-OPTIONAL = ("verdict", "torch", "device")
+OPTIONAL = ("verdict", "torch", "device", "always")
 VERDICTS = (Status.DEVIATES, Status.CRASHED, Status.TIMED_OUT)
 DEVICES = ("cpu", "cuda")
 COMPARE: Mapping[str, Callable[[TorchVersion, str], bool]] = {
@@ -83,6 +83,8 @@ def _entry(values: dict[str, Any], where: str) -> Deviation:
     _known(values, REQUIRED + OPTIONAL, where)
     verdict = _choice(values, "verdict", VERDICTS, where) or Status.DEVIATES
     _choice(values, "device", DEVICES, where)
+    if not isinstance(always := values.get("always", True), bool):
+        raise DeviationsError(f"{where}: always={always!r}: accepted are true, false")
     for bound in _bounds(values):
         if not BOUND.fullmatch(bound):
             raise DeviationsError(
@@ -93,6 +95,7 @@ def _entry(values: dict[str, Any], where: str) -> Deviation:
         reason=_text(values, "reason", where),
         proof=_text(values, "proof", where),
         verdict=Status(verdict),
+        always=always,
         source=where,
     )
 

@@ -17,6 +17,7 @@ class Deviation:
     reason: str
     proof: str
     verdict: Status = Status.DEVIATES
+    always: bool = True  # not: it depends on chance, or on what ran before in the same process
     source: str = ""  # file and entry
 
     def matches(self, case_id: str) -> bool:
@@ -50,7 +51,7 @@ class Deviations:
         by a deviation.
         """
         entry = self.match(case_id)
-        if entry is not None and status is Status.CONFORMS:
+        if entry is not None and entry.always and status is Status.CONFORMS:
             self._conforming[case_id] = entry
         return entry if entry is not None and status is entry.verdict else None
 
