@@ -136,6 +136,8 @@ class BlockDiagonalMask(Rule):
         return self
 
     def make_causal_from_bottomright(self) -> BlockDiagonalMask:
+        if any(keys < queries for queries, keys in self.lengths):
+            raise ValueError("Expected `num_keys >= num_queries`")
         self.corner, self.right = "bottom-right", 0
         return self
 
@@ -182,7 +184,7 @@ def memory_efficient_attention(
         BASE.replace(scale=0.3),
         BASE.replace(packed=SEQUENCES, batch=4),
         BASE.replace(packed=SEQUENCES, batch=4, causal="top-left"),
-        BASE.replace(packed=SEQUENCES, batch=4, causal="bottom-right"),
+        BASE.replace(packed=SEQUENCES[:3], batch=3, causal="bottom-right"),
     ],
     ids=lambda problem: problem.id,
 )
@@ -193,9 +195,18 @@ def test_xformers(problem: Problem, heads: tuple[int, int]) -> None:
     assert_right(result, problem)
 
 
-def test_xformers_has_no_window_from_the_top_left() -> None:
-    problem = BASE.replace(window=(2, None), causal="top-left")
-    with pytest.raises(NotImplementedError, match="measured from the top left"):
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (BASE.replace(window=(2, None), causal="top-left"), "measured from the top left"),
+        (
+            BASE.replace(packed=SEQUENCES, batch=4, causal="bottom-right"),
+            "fewer keys than queries",
+        ),
+    ],
+)
+def test_what_xformers_has_no_rule_for(problem: Problem, said: str) -> None:
+    with pytest.raises(NotImplementedError, match=said):
         xformers.call(memory_efficient_attention, RULES, make_inputs(problem), problem)
 
 

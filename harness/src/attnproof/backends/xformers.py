@@ -27,7 +27,8 @@ TENSORS = ("boolean mask", "bias")
 def call(function: Callable[..., Any], rules: Any, inputs: Inputs, problem: Problem) -> Attention:
     """Attention by ``function``; ``rules`` is the module ``xformers.ops.fmha.attn_bias``.
 
-    NotImplementedError for a window from the top left, which xformers has no rule for.
+    NotImplementedError for what xformers has no rule for: a window from the top left, and packed
+    sequences that are causal from the bottom right with fewer keys than queries.
     """
     out = function(
         _grouped(inputs.q, problem),
@@ -46,8 +47,13 @@ def attn_bias(rules: Any, inputs: Inputs, problem: Problem) -> Any:
         rule = rules.BlockDiagonalMask.from_seqlens(lengths_q, lengths_k)
         if problem.causal == "none":
             return rule
-        corner = problem.causal == "top-left"
-        return rule.make_causal() if corner else rule.make_causal_from_bottomright()
+        if problem.causal == "top-left":
+            return rule.make_causal()
+        if any(keys < queries for queries, keys in problem.packed):
+            raise NotImplementedError(
+                "a packed sequence with fewer keys than queries, causal from the bottom right"
+            )
+        return rule.make_causal_from_bottomright()
     if problem.window is not None:
         if problem.causal == "top-left":
             raise NotImplementedError("a window that is measured from the top left")
