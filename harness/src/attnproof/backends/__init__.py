@@ -1,1 +1,1 @@
-"""Backends that judge torch itself."""
+"""Backends that judge torch itself, and libraries that are called as they are."""
