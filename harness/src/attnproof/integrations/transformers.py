@@ -39,7 +39,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def implementation_name(backend: str) -> str:
     """The name for ``attn_implementation`` of a backend of that name: "attnproof-<backend>".
 
-    With "Flash" for "flash", and a dot for what is neither letter, digit, dot nor dash: transformers
+    With "Flash" for "flash", and a dot for all but letters, digits, dots and dashes: transformers
     takes a name with "flash" in it for one of its own, and "folder/file" for a kernel of its hub.
     """
     return PREFIX + re.sub(r"[^\w.-]", ".", backend.replace("flash", "Flash"))

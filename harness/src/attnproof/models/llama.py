@@ -79,8 +79,8 @@ MODELS = {
         Llama(
             name="llama-tiny-d128",
             layers=2,
-            hidden=256,
-            intermediate=512,
+            hidden=192,
+            intermediate=384,
             heads_q=6,
             heads_kv=2,
             head_dim=128,
