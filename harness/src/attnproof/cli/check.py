@@ -22,6 +22,7 @@ from .common import (
     PrecisionName,
     Seed,
     Signature,
+    SkipBudget,
     Target,
     Timeout,
     broken_pipe_is_fine,
@@ -76,14 +77,7 @@ def check(
         str | None,
         typer.Option(metavar="FILE", help="Known deviations in place of those that ship, or none."),
     ] = None,
-    skip_budget: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Exit with 1 when more cases than that are not run. [default: any number]",
-            show_default=False,
-        ),
-    ] = None,
+    skip_budget: SkipBudget = None,
     in_process: InProcess = False,
     workers: Annotated[
         int | None,

@@ -50,6 +50,14 @@ InProcess = Annotated[
 ]
 
 
+SkipBudget = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Exit with 1 when more cases than that are not run. [default: any number]",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Plain values for programs.")]
 
 

@@ -1,4 +1,4 @@
-"""``attnproof golden verify|update``."""
+"""``attnproof golden verify|update|check``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,31 @@ from typing import Annotated
 
 import typer
 
-from ..report.summary import Exit, plural
-from .common import progress_console, stop
+from ..options import make_subject
+from ..report.results import write_results
+from ..report.summary import FAILED, Exit, plural, summarise
+from ..report.table import feature_table
+from ..report.verdict_text import verdict_text
+from .common import (
+    Device,
+    InProcess,
+    PrecisionName,
+    Signature,
+    SkipBudget,
+    Target,
+    Timeout,
+    broken_pipe_is_fine,
+    console,
+    make_options,
+    progress_console,
+    stop,
+)
 
 GOLDEN = Path("golden")
 KINDS = ("vectors", "traffic")
 
 golden = typer.Typer(
-    help="The checked-in truth: recompute and compare it, or rewrite what changed.",
+    help="The checked-in truth: recompute and compare it, rewrite it, judge a target on it.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -62,6 +79,70 @@ def update(directory: Directory = None) -> None:
         for change in changes:
             typer.echo(change)
         typer.echo(f"{plural(len(changes), 'change')} in {folder}")
+
+
+@golden.command()
+def check(
+    target: Target,
+    directory: Annotated[
+        Path, typer.Option("--vectors", metavar="DIRECTORY", help="Where the vectors are.")
+    ] = GOLDEN / "vectors",
+    signature: Signature = None,
+    precision: PrecisionName = None,
+    device: Device = "auto",
+    timeout: Timeout = 60.0,
+    skip_budget: SkipBudget = None,
+    in_process: InProcess = False,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the results there.")
+    ] = None,
+) -> None:
+    """Judge TARGET on the vectors: stored inputs, and answers within the budget of those stored.
+
+    Exit status: that of `attnproof check`.
+    """
+    from ..golden import vectors
+    from ..golden.judging import judge_vectors
+    from ..targets import LoadError
+
+    options = make_options(
+        target=target,
+        signature=signature,
+        precision=precision,
+        device=device,
+        timeout=timeout,
+        skip_budget=skip_budget,
+        in_process=in_process,
+        json=json,
+    )
+    if differences := vectors.verify(directory):
+        for difference in differences:
+            typer.echo(difference)
+        stop(f"golden check: {directory} does not hold the vectors of this version")
+    try:
+        subject = make_subject(options)
+    except LoadError as error:
+        stop(str(error))
+    unavailable = subject.description.unavailable
+    try:
+        with progress_console().status(f"judging {target}"):
+            records = [] if unavailable else list(judge_vectors(subject, directory))
+    finally:
+        subject.runner.close()
+    problems = write_results(options, records, (), unavailable) if options.json else []
+    summary = summarise(records, unavailable=unavailable, skip_budget=options.skip_budget)
+    out = console()
+    with broken_pipe_is_fine():
+        for record in records:
+            if record.status in FAILED:
+                text = verdict_text(record.id, record.verdict, options, out.width)
+                out.print(text, markup=False, soft_wrap=True)
+        if records:
+            out.print(feature_table(summary))
+        lines = [*summary.not_run_lines, *problems, target, summary.line]
+        out.print("\n".join(lines), markup=False, soft_wrap=True)
+    failed = problems and summary.exit is Exit.CONFORMS
+    raise typer.Exit(int(Exit.DOES_NOT if failed else summary.exit))
 
 
 def _folders(directory: Path | None) -> list[tuple[Path, ModuleType]]:
