@@ -130,10 +130,12 @@ def judge(session: nox.Session, name: str, distribution: Path, success_codes: li
 
 @nox.session(venv_backend="none", default=False)
 def gpu(session: nox.Session) -> None:
-    """Judge every backend that the GPU can run, and test its kernels there.
+    """Judge every backend that the GPU can run, on the chapters and the golden vectors, and test
+    its kernels there; JSON, JUnit and a summary go to results/.
 
     In the environment that is active, not in one of nox: it has torch with CUDA, and the
-    distributions of this repository installed. What follows -- are parts of tools/gpu.sh.
+    distributions of this repository installed. What follows -- are parts of tools/gpu.sh, which
+    says what the variables BACKENDS, LEVEL and MUST_RUN mean.
     """
     found = session.run(
         "python", "-c", "import torch; print(torch.cuda.is_available())", silent=True, external=True

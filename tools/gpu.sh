@@ -4,9 +4,12 @@
 #   tools/gpu.sh RESULTS [PART...]
 #
 # Needs torch with CUDA, pytest, and the distributions of this repository installed. Writes everything
-# under RESULTS as it comes (checks and calibrations go on from what lies there) and prints a short
-# table last. PARTs, all but the calibrations unless named:
-#   checks     judge every backend that the GPU can run; BACKENDS names some, LEVEL=full judges more
+# under RESULTS as it comes (checks and calibrations go on from what lies there), last junit.xml and
+# summary.md, which is added to GITHUB_STEP_SUMMARY where that is set. The exit status is 1 when
+# something failed. PARTs, all but the calibrations unless named:
+#   checks     judge every backend that the GPU can run; BACKENDS names some, LEVEL=full judges more,
+#              and one of MUST_RUN (names and commas) that cannot be judged here is a failure
+#   golden     the golden vectors, recomputed, and each backend judged on them
 #   tests      the tests of the Triton kernels: against fp64, precision, 250 repeats under load
 #   sanitize   compute-sanitizer (memcheck, initcheck, racecheck) on a cover of the Triton kernels
 #   cuda, cpu  calibrate the error budget on torch's kernels, PROBLEMS random problems each
@@ -15,43 +18,56 @@ set -u
 results=$(mkdir -p "${1:?"usage: tools/gpu.sh RESULTS [PART...]"}" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
-parts=("${@:-checks}")
-[[ $# -gt 0 ]] || parts=(checks tests sanitize)
+parts=("$@")
+[[ $# -gt 0 ]] || parts=(checks golden tests sanitize)
+failed=0
 problems=${PROBLEMS:-1000}
 limit=${SECONDS_EACH:-3000}
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 
+names=()
+for name in ${BACKENDS:-}; do names+=("$name=$(command -v attnproof)"); done
+
+fail() { # PART STATUS: a part that failed
+  echo "$1: exit status $2"
+  failed=1
+}
+
 checks() {
-  local names=() name together=${TOGETHER:-3}
-  for name in ${BACKENDS:-}; do names+=("$name=$(command -v attnproof)"); done
-  timeout "$limit" python3 tools/check_all.py "$results" "${names[@]}" --together "$together" -- \
-    --device cuda --level "${LEVEL:-quick}" --resume >"$results/checks.txt" 2>&1 ||
-    echo "checks: exit status $?"
+  timeout "$limit" python3 tools/check_all.py "$results" "${names[@]}" --together "${TOGETHER:-3}" \
+    --must-run "${MUST_RUN:-}" -- --device cuda --level "${LEVEL:-quick}" --resume \
+    >"$results/checks.txt" 2>&1 || fail checks $?
+}
+
+golden() {
+  timeout "$limit" python3 tools/check_all.py "$results/golden" "${names[@]}" --golden -- \
+    --device cuda >"$results/golden.txt" 2>&1 || fail golden $?
 }
 
 tests() {
   # Outside of the checkout, whose settings ask for plugins that need not be here.
   timeout "$limit" python3 -m pytest -q -rf -p no:cacheprovider -c /dev/null --import-mode=importlib \
-    -n "${WORKERS:-8}" --rootdir=packages/triton \
+    -n "${WORKERS:-8}" -p attnproof.spread --rootdir=packages/triton \
     packages/triton/tests/test_{precision,repeats,v1,v2,v2_decoding,mask_rule}.py \
-    >"$results/tests.txt" 2>&1 || echo "tests: exit status $?"
+    >"$results/tests.txt" 2>&1 || fail tests $?
 }
 
 sanitize() {
-  local tool share shares=5
+  local tool share shares=5 job jobs=()
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck initcheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 9 python3 tools/sanitize.py --planted \
       >"$results/planted-$tool.txt" 2>&1
-    [[ $? == 9 ]] || echo "sanitize: $tool did not find what was planted"
+    [[ $? == 9 ]] || fail "sanitize: $tool did not find what was planted" $?
   done
   for tool in memcheck initcheck racecheck; do
     for ((share = 0; share < shares; share++)); do
       timeout "$limit" compute-sanitizer --tool "$tool" --error-exitcode 9 \
         python3 tools/sanitize.py "$share/$shares" >"$results/sanitize-$tool-$share.txt" 2>&1 &
+      jobs+=($!)
     done
   done
-  wait
+  for job in "${jobs[@]}"; do wait "$job" || fail sanitize $?; done
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 }
 
@@ -88,7 +104,8 @@ done
 
 for part in "${parts[@]}"; do
   case $part in
-  checks) python3 tools/backend_table.py "$results" --by chapter ;;
+  checks) python3 tools/backend_table.py "$results" --by chapter --judge || failed=1 ;;
+  golden) python3 tools/backend_table.py "$results/golden" --by chapter --judge || failed=1 ;;
   tests) tail -n 1 "$results/tests.txt" ;;
   sanitize) grep -H "ERROR SUMMARY\|RACECHECK SUMMARY\|calls of" "$results"/{planted,sanitize}-*.txt |
     sed "s#^$results/##" ;;
@@ -99,3 +116,10 @@ for part in "${parts[@]}"; do
     ;;
   esac
 done
+
+if [[ " ${parts[*]} " == *" checks "* || " ${parts[*]} " == *" golden "* ]]; then
+  python3 tools/junit.py "$results" "$results/golden" >"$results/junit.xml" || failed=1
+  python3 tools/step_summary.py "$results" >"$results/summary.md" || failed=1
+  [[ -z ${GITHUB_STEP_SUMMARY:-} ]] || cat "$results/summary.md" >>"$GITHUB_STEP_SUMMARY"
+fi
+exit "$failed"

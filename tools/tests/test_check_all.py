@@ -45,15 +45,43 @@ def test_a_run_without_a_verdict_fails_and_is_named(tmp_path, capsys, program):
     assert "no verdict: broken (exit status 2)" in said.err
 
 
+def test_one_that_must_run_and_cannot_be_judged_fails_the_run(tmp_path, capsys, program):
+    names = dict.fromkeys(("good", "absent", "wrong"), program)
+    assert check_all.main(tmp_path, names, 3, [], must_run=["good", "wrong"]) == 0
+    assert check_all.main(tmp_path, names, 3, [], must_run=["good", "absent"]) == 1
+    assert "must run, and could not be judged: absent" in capsys.readouterr().err
+
+
+def test_the_golden_vectors_are_judged_by_one_process_each(tmp_path, capsys, program):
+    folder = tmp_path / "golden"
+    assert check_all.main(folder, {"good": program}, 2, ["--device", "cuda"], golden=True) == 0
+    assert f"golden check good --json {folder / 'good.json'} --device cuda" in (
+        capsys.readouterr().out
+    )
+    assert folder.is_dir()
+
+
 def test_all_that_are_registered_unless_named():
-    folder, programs, together, options = check_all.parse(["results", "--", "--level", "full"])
-    assert (folder, together, options) == (Path("results"), check_all.cores(), ["--level", "full"])
-    assert {"sdpa", "triton-v2"} <= programs.keys()
-    _, programs, together, options = check_all.parse(["results", "one=a", "--together", "4"])
-    assert (programs, together, list(options)) == ({"one": "a"}, 4, [])
+    given = check_all.parse(["results", "--", "--level", "full"])
+    assert given["folder"] == Path("results")
+    assert given["together"] == check_all.cores()
+    assert given["options"] == ["--level", "full"]
+    assert {"sdpa", "triton-v2"} <= given["programs"].keys()
+    given = check_all.parse(["results", "one=a", "--together", "4", "--must-run", "one"])
+    assert given["programs"] == {"one": "a"}
+    assert (given["together"], list(given["options"])) == (4, [])
+    assert given["must_run"] == ["one"]
 
 
-@pytest.mark.parametrize("words", [["results", "sdpa"], ["results", "--together", "0"], []])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["results", "sdpa"],
+        ["results", "--together", "0"],
+        ["results", "one=a", "--must-run", "two"],
+        [],
+    ],
+)
 def test_wrong_words_are_refused(words, capsys):
     with pytest.raises(SystemExit) as ended:
         check_all.parse(words)
