@@ -7,8 +7,8 @@ PROGRAM is the ``attnproof`` of the environment that NAME is installed in; witho
 registered in this environment are judged, by the ``attnproof`` beside its Python or on the PATH.
 Results go to FOLDER/NAME.json, what a run prints is printed when it ends, and OPTIONs go to every
 run. N runs go on at a time, one per core unless given, and share the cores: one run after the other
-would start, and wait for its slowest case, as often with every core but one idle. With --golden they
-are judged on the golden vectors. The exit status is 1 when a run ended otherwise than with a
+would start, and wait for its slowest case, as often with every core but one idle. With --golden,
+they are judged on the golden vectors. The exit status is 1 when a run ended otherwise than with a
 verdict, and when one of --must-run could not be judged here.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -354,6 +355,62 @@ def test_a_driver_that_hangs_refuses_or_crashes(tmp_path: Path, body: str, probl
     assert seconds < TEN_SECONDS
     assert report["hardware"]["problem"] == problem
     assert report["hardware"]["gpus"] == []
+
+
+# What the driver of an H100 SXM answers; the names of the attributes are the header's.
+H100_DRIVER = """
+#include <cuda.h>
+#include <string.h>
+CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
+CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
+CUresult cuDeviceGetCount(int *count) { *count = 2; return CUDA_SUCCESS; }
+CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = ordinal; return CUDA_SUCCESS; }
+CUresult cuDeviceGetName(char *name, int length, CUdevice device) {
+  strncpy(name, "NVIDIA H100 80GB HBM3", length);
+  return CUDA_SUCCESS;
+}
+#undef cuDeviceTotalMem
+CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice device) {
+  *bytes = 85045346304ull;
+  return CUDA_SUCCESS;
+}
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
+  switch (attribute) {
+  case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; break;
+  case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = 0; break;
+  case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
+  case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: *value = 52428800; break;
+  case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = 233472; break;
+  case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = 232448; break;
+  case CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE: *value = 2619000; break;
+  case CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH: *value = 5120; break;
+  default: return CUDA_ERROR_INVALID_VALUE;
+  }
+  return CUDA_SUCCESS;
+}
+"""
+
+
+def test_what_a_driver_answers_is_read_by_the_numbers_of_its_header(tmp_path: Path) -> None:
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        pytest.skip("no triton, which brings cuda.h")
+    (tmp_path / "driver.c").write_text(H100_DRIVER)
+    include = Path(triton.origin).parent / "backends" / "nvidia" / "include"
+    command = ["gcc", "-shared", "-fPIC", f"-I{include}", "-o", "libcuda.so.1", "driver.c"]
+    try:
+        subprocess.run(command, cwd=tmp_path, check=True)
+    except FileNotFoundError:
+        pytest.skip("no gcc to build a driver with")
+    report, _ = run("--device=cpu", LD_LIBRARY_PATH=str(tmp_path))
+    assert report["hardware"]["driver_cuda"] == "13.0"
+    one, other = report["hardware"]["gpus"]
+    assert one == other == GPU | {"name": "NVIDIA H100 80GB HBM3"}
+    shown = [pair for section in sections(report) for pair in section]
+    dram = "79.2 GiB, 3352 GB/s in theory (2 x 2619 MHz x 5120 bits)"
+    assert ("gpu 0", "NVIDIA H100 80GB HBM3, sm_90 (Hopper)") in shown
+    assert ("  shared memory", "228 KiB per SM, 227 KiB per block") in shown
+    assert ("  DRAM", dram) in shown
 
 
 def test_the_catalogue_counts_cases_by_level() -> None:

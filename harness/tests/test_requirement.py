@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from attn_reference.precision import FLASH
 from attn_reference.problem import Problem
 from attnproof.backend import Capabilities, Description
 from attnproof.backends.library import LibraryBackend
-from attnproof.device import ARCHITECTURES, Device, capability_of, sm
+from attnproof.device import ARCHITECTURES, Device, capability_of, driver, sm
 from attnproof.requirement import Requirement, Requiring, bytes_of, requirement_of, size
 from attnproof.subject import Subject
 from attnproof.targets import TargetSpec, describe
@@ -93,9 +94,7 @@ def test_capabilities_compare_as_numbers_not_as_text() -> None:
 
 def test_memory_driver_toolkit_and_torch() -> None:
     big = Requirement(who="a", memory=bytes_of("40GB"))
-    assert big.unmet(T4) == [
-        "a needs 40 GB of GPU memory; this is Tesla T4, sm_75, with 16.1 GB"
-    ]
+    assert big.unmet(T4) == ["a needs 40 GB of GPU memory; this is Tesla T4, sm_75, with 16.1 GB"]
     assert big.unmet(H100) == []
     newer = Requirement(who="a", driver_min="590.1", cuda_min="13.1", torch_min="2.12")
     assert newer.unmet(H100) == [
@@ -174,6 +173,23 @@ def test_sizes() -> None:
             bytes_of(wrong)
     with pytest.raises(ValueError, match="memory=-1"):
         Requirement(who="a", memory=-1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.82.07  Wed Aug 27 2025\nGCC",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build",
+    ],
+)
+def test_the_version_of_the_driver(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "version"
+    monkeypatch.setattr("attnproof.device.DRIVER_FILE", file)
+    assert driver() is None
+    file.write_text(text)
+    assert driver() == "580.82.07"
 
 
 def test_a_backend_carries_its_requirement_as_an_attribute() -> None:

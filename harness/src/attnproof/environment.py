@@ -166,7 +166,7 @@ def gpus() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
     found = []
-    version = driver()
+    version = driver() or _driver_by_its_tool()
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found.append(
@@ -180,6 +180,21 @@ def gpus() -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _driver_by_its_tool() -> str | None:
+    """The version of the NVIDIA driver where /proc does not say it, as in WSL."""
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=3,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.splitlines()[0].strip() if found.stdout.strip() else None
 
 
 def lines(found: dict[str, Any] | None = None) -> list[tuple[str, str]]:
