@@ -175,8 +175,8 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def readme(session: nox.Session) -> None:
-    """Print the outputs that README.md shows once more, from what the commands say now."""
-    Environment(session).run("python", "tools/readme.py", "README.md")
+    """Print the outputs that README.md and docs/ show once more, from what commands say now."""
+    Environment(session).run("python", "tools/readme.py", "README.md", "docs/triton.md")
 
 
 @nox.session(default=False)

@@ -1,4 +1,4 @@
-"""Print the outputs that a Markdown file shows once more: python tools/readme.py README.md
+"""Print the outputs that Markdown files show once more: python tools/readme.py README.md …
 
 A comment ``<!-- output of: COMMAND -->`` is followed by what the command printed, and ends at
 ``<!-- end of output -->``. Lines that start with ``|`` are a table; all else goes into a fence.
@@ -42,4 +42,5 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for name in sys.argv[1:]:
+        main(Path(name))
