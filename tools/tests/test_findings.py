@@ -1,0 +1,27 @@
+"""What deviations files cite stands in docs/findings.md."""
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CITED = re.compile(r"docs/findings\.md, ([^;]+)")
+HEADING = re.compile(r"^#{2,4} (.+)$", re.MULTILINE)
+
+
+def cited() -> dict[str, str]:
+    """The headings that deviations cite, each with a file that does."""
+    found = {}
+    for file in ROOT.glob("*/src/attnproof/deviations/*.toml"):
+        for deviation in tomllib.loads(file.read_text("utf-8"))["deviation"]:
+            for heading in CITED.findall(deviation["proof"]):
+                found[heading.strip()] = file.name
+    return found
+
+
+def test_every_cited_finding_is_written_up() -> None:
+    headings = HEADING.findall((ROOT / "docs/findings.md").read_text("utf-8"))
+    assert len(headings) == len(set(headings)), "two findings of one name cannot be told apart"
+    assert cited()
+    missing = {heading: file for heading, file in cited().items() if heading not in headings}
+    assert not missing
