@@ -1,5 +1,5 @@
-"""The ring over torch.distributed, in processes that talk over gloo: judged as any kernel is, and
-what happens when a rank fails or the process that started it ends."""
+"""The ring over torch.distributed, in processes that talk over gloo, or over NCCL where there are
+GPUs: judged as any kernel is, and what happens when a rank fails or what started it ends."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from online_softmax.placement import positions
 from online_softmax.ring_distributed import ring_attention
 from online_softmax.ring_processes import RankError, Team
 
+GPUS = torch.cuda.device_count()
 EXAMPLE = Path(__file__).parents[3] / "examples" / "ring_attention.py"
 pytestmark = pytest.mark.skipif(
     ring_gloo.availability("cpu") is not None, reason=str(ring_gloo.availability("cpu"))
@@ -59,6 +60,30 @@ def _end_the_teams() -> Iterator[None]:
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.id)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_conforms_forward_and_backward(problem: Problem, ranks: int) -> None:
+    assert_conforms(problem, ranks)
+
+
+@pytest.mark.skipif(GPUS < 2, reason=f"NCCL needs two GPUs or more; here are {GPUS}")
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.id)
+def test_conforms_over_nccl(
+    problem: Problem, gpu_team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring_processes, "team", lambda ranks: gpu_team)
+    assert_conforms(problem, gpu_team.ranks)
+
+
+@pytest.fixture(scope="module")
+def gpu_team() -> Iterator[Team]:
+    """Ranks that compute on a GPU each, and talk over NCCL."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        started = Team(GPUS, "nccl_rank:compute")
+    yield started
+    started.close()
+
+
+def assert_conforms(problem: Problem, ranks: int) -> None:
+    """Forward and backward of the team of that many ranks, judged."""
     names = ["q", "k", "v"]
     names += [name for name in ("bias", "sinks") if getattr(problem, name)]
     problem = problem.replace(gradients=tuple(names), lse_gradient=True)
