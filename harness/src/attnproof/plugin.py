@@ -91,7 +91,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the parametrisations that came out empty, and what a resumed run has done."""
+    """Leave out the parametrisations that came out empty, and what a resumed run has done; in a
+    worker, bring together what is compiled together."""
     if OPTIONS not in config.stash:
         return
     recorder = config.stash[RECORDER]
@@ -99,6 +100,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if len(kept) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
+    if recorder.is_worker:
+        items.sort(key=recorder.order)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -23,6 +23,7 @@ from . import cases
 from .cases import Case
 from .deviations import DeviationsError, load_deviations
 from .options import Options, make_subject, resolved_device
+from .order import kernel_key
 from .record import CaseRecord, Journal, JournalError
 from .report.results import write_results
 from .report.summary import Summary, summarise
@@ -112,6 +113,11 @@ class Recorder:
             return True
         case = _case_of(item)
         return case is not None and case.id not in self._skip
+
+    def order(self, item: pytest.Item) -> tuple[object, ...]:
+        """What a worker sorts its checks by; others than cases come first."""
+        case = _case_of(item)
+        return () if case is None else kernel_key(case.problem)
 
     def pytest_runtest_setup(self) -> None:
         """Forget the verdict of the case before."""

@@ -141,9 +141,14 @@ def ask_all(points: list[EntryPoint], device: str, until: float, out: IO[str]) -
                     end(key.data)
             for one in list(asked.values()):
                 if time.monotonic() - one.since > LIMIT_SECONDS:
-                    end(one, f"no answer within {LIMIT_SECONDS:g} s")
+                    end(one, _no_answer(one, f" within {LIMIT_SECONDS:g} s"))
         for one in list(asked.values()):
-            end(one, "no answer in the time that there was")
+            end(one, _no_answer(one, " in the time that there was"))
+
+
+def _no_answer(one: Asked, limit: str) -> str:
+    """That it was given up; some libraries take longer to import than anybody waits for doctor."""
+    return f"no answer{limit}; attnproof check {one.point.name} waits for it"
 
 
 def main(device: str, until: str) -> None:
