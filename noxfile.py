@@ -142,7 +142,7 @@ def gpu(session: nox.Session) -> None:
     )
     if str(found).strip() != "True":
         session.error("torch finds no CUDA device here, or is not installed in this environment")
-    session.run("bash", "tools/gpu.sh", str(RESULTS), *session.posargs, external=True)
+    session.run("bash", "tools/gpu.sh", str(RESULTS / "gpu"), *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none")

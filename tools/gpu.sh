@@ -4,9 +4,10 @@
 #   tools/gpu.sh RESULTS [PART...]
 #
 # Needs torch with CUDA, pytest, and the distributions of this repository installed. Writes everything
-# under RESULTS as it comes (checks and calibrations go on from what lies there), last junit.xml and
-# summary.md, which is added to GITHUB_STEP_SUMMARY where that is set. The exit status is 1 when
-# something failed. PARTs, all but the calibrations unless named:
+# under RESULTS as it comes, last junit.xml and summary.md, which is added to GITHUB_STEP_SUMMARY where
+# that is set. What an earlier run found there is removed first, unless RESUME=1 says to go on from it:
+# it may be of other code. Calibrations always go on. The exit status is 1 when something failed.
+# PARTs, all but the calibrations unless named:
 #   checks     judge every backend that the GPU can run; BACKENDS names some, LEVEL=full judges more,
 #              and one of MUST_RUN (names and commas) that cannot be judged here is a failure
 #   golden     the golden vectors, recomputed, and each backend judged on them
@@ -24,6 +25,7 @@ failed=0
 problems=${PROBLEMS:-1000}
 limit=${SECONDS_EACH:-3000}
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 # else every process compiles FlashAttention-4 anew
 
 names=()
 for name in ${BACKENDS:-}; do names+=("$name=$(command -v attnproof)"); done
@@ -35,7 +37,7 @@ fail() { # PART STATUS: a part that failed
 
 checks() {
   timeout "$limit" python3 tools/check_all.py "$results" "${names[@]}" --together "${TOGETHER:-3}" \
-    --must-run "${MUST_RUN:-}" -- --device cuda --level "${LEVEL:-quick}" --resume \
+    --must-run "${MUST_RUN:-}" -- --device cuda --level "${LEVEL:-quick}" ${RESUME:+--resume} \
     >"$results/checks.txt" 2>&1 || fail checks $?
 }
 
@@ -55,7 +57,7 @@ tests() {
 sanitize() {
   local tool share shares=5 job jobs=()
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  for tool in memcheck initcheck; do
+  for tool in memcheck initcheck racecheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 9 python3 tools/sanitize.py --planted \
       >"$results/planted-$tool.txt" 2>&1
     [[ $? == 9 ]] || fail "sanitize: $tool did not find what was planted" $?
@@ -97,6 +99,11 @@ cpu() {
   wait
 }
 
+if [[ -z ${RESUME:-} ]]; then
+  for old in "$results"/*.json "$results"/*.jsonl "$results"/golden/*.json; do
+    case ${old##*/} in cuda-* | cpu-*) ;; *) rm -f "$old" ;; esac
+  done
+fi
 attnproof doctor --json >"$results/doctor.json"
 for part in "${parts[@]}"; do
   "$part"

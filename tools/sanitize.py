@@ -4,9 +4,10 @@ Usage: compute-sanitizer --tool TOOL --error-exitcode 9 python tools/sanitize.py
 
 The cover: of the cases of level quick one for each combination of features, dtype, head_dim and
 shape of the mask, forward and backward. Nothing is judged here; ``attnproof check`` does that. K/N
-runs every Nth problem from the Kth on, counted from 0. With --planted a kernel that reads,
-uninitialised, behind the end of a tensor runs instead: memcheck and initcheck must find it. Set
-PYTORCH_NO_CUDA_MEMORY_CACHING=1, or tensors share allocations.
+runs every Nth problem from the Kth on, counted from 0. With --planted two kernels run instead: one
+reads, uninitialised, behind the end of a tensor, which memcheck and initcheck must find; one reads
+shared memory that another warp has just written, without a barrier between, which racecheck must
+find. Set PYTORCH_NO_CUDA_MEMORY_CACHING=1, or tensors share allocations.
 """
 
 import sys
@@ -51,10 +52,22 @@ def wrong(values, results, count, BLOCK: tl.constexpr):
     tl.store(results + place, tl.load(values + place), mask=place < count)
 
 
+# Triton puts barriers where they belong, so that the race is not written in it.
+RACE = """
+extern "C" __global__ void race(float* results) {
+    __shared__ float shared[256];
+    shared[threadIdx.x] = threadIdx.x;
+    results[threadIdx.x] = shared[(threadIdx.x + 64) % 256];
+}
+"""
+
+
 def planted() -> None:
-    """Reads 24 elements of nothing behind 1000 that were never written."""
+    """Reads 24 elements of nothing behind 1000 that were never written, and races for 256."""
     values, results = (torch.empty(1000, device="cuda") for _ in range(2))
     wrong[(1,)](values, results, 1000, BLOCK=1024)
+    race = torch.cuda._compile_kernel(RACE, "race")
+    race(grid=(1, 1, 1), block=(256, 1, 1), args=[results])
 
 
 def main() -> None:

@@ -1,0 +1,68 @@
+"""tools/gpu.sh tells when something failed, and shows nothing old."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "gpu.sh"
+PROGRAMS = ("python3", "attnproof", "compute-sanitizer")
+
+pytestmark = pytest.mark.skipif(
+    sys.platform == "win32" or shutil.which("bash") is None, reason="the script is one of bash"
+)
+
+
+def run(folder, status, *parts, **variables):
+    """The script, with programs that do nothing but end with that status."""
+    stubs = folder / "stubs"
+    stubs.mkdir()
+    for name in PROGRAMS:
+        stub = stubs / name
+        stub.write_text(f"#!/bin/sh\nexit {status}\n")
+        stub.chmod(0o755)
+    path = os.pathsep.join([str(stubs), os.environ["PATH"]])
+    return subprocess.run(
+        ["bash", SCRIPT, folder / "results", *parts],
+        env=os.environ | {"PATH": path} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("part", ["checks", "golden", "tests", "sanitize"])
+def test_a_part_that_fails_fails_the_run(tmp_path, part):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "tests.txt").write_text("")
+    done = run(tmp_path, 7, part)
+    assert done.returncode == 1
+    assert f"{part}: " in done.stdout
+
+
+def test_what_passes_passes(tmp_path):
+    (tmp_path / "results").mkdir()
+    assert run(tmp_path, 0, "tests").returncode == 0
+
+
+def test_a_sanitizer_that_finds_nothing_planted_fails_the_run(tmp_path):
+    done = run(tmp_path, 0, "sanitize")
+    assert done.returncode == 1
+    assert "racecheck did not find what was planted" in done.stdout
+
+
+@pytest.mark.parametrize(("resume", "kept"), [("", False), ("1", True)])
+def test_results_of_before_are_shown_only_on_request(tmp_path, resume, kept):
+    old = [
+        tmp_path / "results" / name for name in ("eager.json", "eager.jsonl", "golden/eager.json")
+    ]
+    calibration = tmp_path / "results" / "cuda-flex.jsonl"
+    (tmp_path / "results" / "golden").mkdir(parents=True)
+    for file in (*old, calibration):
+        file.write_text("{}")
+    run(tmp_path, 0, "checks", RESUME=resume)
+    assert [file.exists() for file in old] == [kept] * 3
+    assert calibration.exists()
