@@ -1,9 +1,9 @@
 """Print the outputs that Markdown files show once more: python tools/readme.py README.md …
 
 A comment ``<!-- output of: COMMAND -->`` is followed by what the command printed, and ends at
-``<!-- end of output -->``. Lines that start with ``|`` are a table; all else goes into a fence.
-Commands run with a shell in the root of the repository. Where one cannot be run, the file stays
-as it was.
+``<!-- end of output -->``. What starts with ``|``, a table, or with ``**`` is Markdown; all else
+goes into a fence. Commands run with a shell in the root of the repository. Where one cannot be
+run, the file stays as it was.
 """
 
 import os
@@ -31,7 +31,7 @@ def printed(command: str) -> str:
     text = "\n".join(line.rstrip() for line in run.stdout.strip("\n").splitlines())
     if run.returncode == NOT_FOUND or "Traceback (most recent call last)" in text + run.stderr:
         sys.exit(f"{command}\n{text}\n{run.stderr}")
-    return text if text.startswith("|") else f"```text\n{text}\n```"
+    return text if text.startswith(("|", "**")) else f"```text\n{text}\n```"
 
 
 def main(path: Path) -> None:
