@@ -216,6 +216,48 @@ def test_memory_layouts(layout, device):
     dense.check(attention, given | laid, grads)
 
 
+def every_other(tensor):
+    """The same numbers with others between them."""
+    return torch.stack([tensor, tensor * 0 + 1], -1)[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        *(("dense", name) for name in ("sinks", "alibi_slopes", "key_lengths")),
+        *(("packed", name) for name in ("cu_seqlens_q", "cu_seqlens_k")),
+        *(("paged", name) for name in ("page_table", "key_lengths")),
+    ],
+)
+@pytest.mark.parametrize("sq", [3, 40], ids=["few-queries", "many-queries"])
+def test_strides_of_vectors(form, name, sq, device):
+    made = {
+        "dense": lambda: qkv(sq) | FEATURES["key-lengths"]() | {"sinks": randn(HQ)},
+        "packed": lambda: packed((sq, 30), (50, 20)),
+        "paged": lambda: paged((37, 80), 16, sq),
+    }
+    given = arguments(device, **made[form](), alibi_slopes=rand(HQ))
+    given[name] = every_other(given[name])
+    assert not given[name].is_contiguous()
+    dense.check(attention, given)
+
+
+@pytest.mark.parametrize("name", ["sinks", "alibi_slopes", "key_lengths"])
+def test_vectors_that_broadcast(name, device):
+    vector = rand(1).expand(HQ)
+    if name == "key_lengths":
+        vector = torch.tensor([53], dtype=torch.int32).expand(B)
+    given = arguments(device, **qkv(), **{name: vector})
+    assert given[name].stride() == (0,)
+    dense.check(attention, given)
+
+
+def test_a_transposed_page_table(device):
+    given = arguments(device, **paged((37, 80), 16, 40))
+    given["page_table"] = given["page_table"].mT.contiguous().mT
+    dense.check(attention, given)
+
+
 def test_gradients_that_broadcast(device):
     """out.sum().backward() brings a gradient whose strides are all 0."""
     grads = torch.ones((), device=device).expand(B, HQ, SQ, D), torch.ones(1, device=device)
