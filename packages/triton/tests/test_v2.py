@@ -127,6 +127,28 @@ def test_keys_beyond_their_lengths_are_not_read(device):
     assert not found["v"][1, :, 77:].any()
 
 
+@pytest.mark.parametrize("sq", [3, 40], ids=["few-queries", "many-queries"])
+@pytest.mark.parametrize("form", ["dense", "paged"])
+def test_key_lengths_beyond_the_keys(form, sq, device):
+    """All keys then count, and none of the next head, or page of nobody."""
+    given = qkv(sq) if form == "dense" else paged((32, 80), 16, sq)
+    if form == "paged":  # behind the last page: that of no sequence
+        given["page_table"] = given["page_table"][:, :5]
+        given["page_table"][0, 2:] = given["page_table"][1, :3]
+    room = SK if form == "dense" else 80
+    options = {"causal": "bottom-right", "bias": randn(1, HQ, sq, room), "dropout_p": 0.2}
+    lengths = {"key_lengths": torch.tensor([room + 12, room], dtype=torch.int32)}
+    all_keys = {"key_lengths": torch.tensor([room, room], dtype=torch.int32)}
+    grads = randn(B, HQ, sq, D).to(device), randn(B, HQ, sq).to(device)
+    found = []
+    for known in (lengths, all_keys):
+        torch.manual_seed(1)
+        given_now = arguments(device, **(given | options | known))
+        found.append(dense.results(attention, given_now, grads))
+    for name, tensor in found[1].items():
+        assert torch.equal(found[0][name], tensor), name
+
+
 # Packed.
 
 
