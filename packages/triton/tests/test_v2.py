@@ -79,6 +79,25 @@ def test_a_feature(name, sq, sk, device):
     assert shown["lse" if name in LSE_ALONE else "out"] > 1e-2  # the feature mattered
 
 
+@pytest.mark.parametrize("causal", ["none", "top-left"])
+@pytest.mark.parametrize(("sq", "sk"), [(SQ, 20), (20, SQ)])
+@pytest.mark.parametrize("form", ["dense", "packed", "paged"])
+def test_windows_that_hide_nothing(form, sq, sk, causal, device):
+    made = {
+        "dense": lambda: qkv(sq, sk),
+        "packed": lambda: packed((sq, 9), (sk, 30)),
+        "paged": lambda: paged((sk, 9), 4, sq),
+    }
+    given = arguments(device, **made[form](), causal=causal)
+    grads = randn(*given["q"].shape).to(device), randn(*given["q"].shape[:3]).to(device)
+    without = dense.results(attention, given, grads)
+    exact = {name: dense.exact(tensor) for name, tensor in without.items()}
+    for window in ((2**31 - sq, 2**31 - 1), (2**31 - 1, None), (None, 2**64)):
+        found = dense.results(attention, given | {"window": window}, grads)
+        measured = dense.errors(found, exact)
+        assert max(measured.values()) <= dense.TOLERANCE[torch.float32], (window, measured)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sq", [SQ, 3], ids=["many-queries", "few-queries"])
 def test_all_features_together(dtype, sq, device):

@@ -102,8 +102,16 @@ class Arguments:
 
     @property
     def band(self) -> tuple[int | None, int | None]:
-        """Keys to the left and to the right of the diagonal that a query sees; None: all."""
-        left, right = (None, None) if self.window is None else self.window
+        """Keys to the left and to the right of the diagonal that a query sees; None: all.
+
+        No key is further from a diagonal than there are queries and keys, all sequences together:
+        bounds end there, as kernels add them to positions in 32 bits.
+        """
+        keys = self.seqlen_k if self.page_table is not None else self.k.shape[2]
+        furthest = self.q.shape[2] + keys
+        left, right = (
+            None if bound is None else min(bound, furthest) for bound in self.window or (None, None)
+        )
         if self.causal != "none":
             right = 0 if right is None else min(right, 0)
         return left, right
