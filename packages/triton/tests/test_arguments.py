@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,6 +127,23 @@ COMPLAINTS = [
         "cu_seqlens_k has another length than cu_seqlens_q: accepted is the same",
     ),
     (
+        packed(cu_seqlens_q=empty(0, dtype=INT), cu_seqlens_k=empty(0, dtype=INT)),
+        "cu_seqlens_q has no elements: accepted is one more than there are sequences",
+    ),
+    (packed(max_seqlen_q=-1), "max_seqlen_q is -1: accepted is an int of 0 or more"),
+    (packed(max_seqlen_k=2.0), "max_seqlen_k is 2.0: accepted is an int of 0 or more"),
+    (packed(max_seqlen_k="2"), "max_seqlen_k is '2': accepted is an int of 0 or more"),
+    (
+        packed(max_seqlen_q=torch.tensor(2)),
+        "max_seqlen_q is torch.int64 () on cpu: accepted is an int of 0 or more",
+    ),
+    (
+        packed(max_seqlen_q=np.ones(3, dtype=int)),
+        "max_seqlen_q is array([1, 1, 1]): accepted is an int of 0 or more",
+    ),
+    (packed(max_seqlen_q=1), "max_seqlen_q=1: accepted is 2, the longest sequence, or more"),
+    (packed(max_seqlen_k=0), "max_seqlen_k=0: accepted is 2, the longest sequence, or more"),
+    (
         packed(**fitting()),
         "q has batch 2: accepted is 1 with cu_seqlens_q",
     ),
@@ -206,6 +224,8 @@ def test_v1_complains_likewise(given, said):
 FITTING = [
     fitting(),
     packed(),
+    packed(max_seqlen_q=np.int64(2), max_seqlen_k=900),
+    packed(cu_seqlens_q=torch.zeros(1, dtype=INT), cu_seqlens_k=torch.zeros(1, dtype=INT)),
     paged(),
     fitting(causal="bottom-right", scale=-1, softcap=0, dropout_p=0, window=[None, 0]),
     fitting(mask=empty(1, HQ, 1, SK, dtype=BOOL), bias=empty(B, 1, SQ, 1), sinks=empty(HQ)),

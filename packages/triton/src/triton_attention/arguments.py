@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -71,14 +72,14 @@ class Arguments:
     @property
     def seqlen_q(self) -> int:
         """Queries of the longest sequence."""
-        return self.q.shape[2] if self.max_seqlen_q is None else self.max_seqlen_q
+        return self.q.shape[2] if self.max_seqlen_q is None else operator.index(self.max_seqlen_q)
 
     @property
     def seqlen_k(self) -> int:
         """Keys of the longest sequence, or room for as many."""
         if self.page_table is not None:
             return self.page_table.shape[1] * self.k.shape[2]
-        return self.k.shape[2] if self.max_seqlen_k is None else self.max_seqlen_k
+        return self.k.shape[2] if self.max_seqlen_k is None else operator.index(self.max_seqlen_k)
 
     @property
     def page_size(self) -> int | None:
@@ -202,13 +203,37 @@ def _lengths(x: Arguments) -> Iterator[str]:
             "cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k go together: "
             "accepted is all of them or none"
         )
-    elif x.cu_seqlens_q.shape != x.cu_seqlens_k.shape:  # type: ignore[union-attr]
+    if x.cu_seqlens_q.shape != x.cu_seqlens_k.shape:  # type: ignore[union-attr]
         yield "cu_seqlens_k has another length than cu_seqlens_q: accepted is the same"
-    elif batch != 1:
+    if not x.cu_seqlens_q.shape[0]:  # type: ignore[union-attr]
+        yield "cu_seqlens_q has no elements: accepted is one more than there are sequences"
+    if batch != 1:
         yield f"q has batch {batch}: accepted is 1 with cu_seqlens_q"
+    yield from _longest("max_seqlen_q", x.max_seqlen_q, x.cu_seqlens_q)
+    yield from _longest("max_seqlen_k", x.max_seqlen_k, x.cu_seqlens_k)
     for name in ("page_table", "key_lengths"):
         if getattr(x, name) is not None:
             yield f"{name} is given with cu_seqlens_q: accepted is one of them"
+
+
+def _longest(name: str, longest: object, bounds: Any) -> Iterator[str]:
+    """Bounds of sequences and the length that none exceeds."""
+    if not _length(longest):
+        yield f"{name} is {_described(longest)}: accepted is an int of 0 or more"
+    elif bounds.device.type == "cpu":  # elsewhere, reading them would wait for the device
+        most = int(bounds.diff().max()) if bounds.shape[0] > 1 else 0
+        if most > operator.index(longest):  # type: ignore[arg-type]
+            yield f"{name}={longest}: accepted is {most}, the longest sequence, or more"
+
+
+def _length(value: object) -> bool:
+    """Whether this is an int of 0 or more; a tensor is none, as its number is on a device."""
+    if isinstance(value, Tensor) or not isinstance(value, SupportsIndex):
+        return False
+    try:
+        return operator.index(value) >= 0
+    except TypeError:
+        return False
 
 
 def _form(

@@ -56,8 +56,10 @@ def attention(
 
     key_lengths: (B,) int32, keys that count, at most all there are. cu_seqlens_q and cu_seqlens_k:
     (sequences + 1,) int32, bounds of sequences packed into a batch of 1, with their longest lengths
-    max_seqlen_q and max_seqlen_k. page_table: (B, pages) int32, with key_lengths; k and v are then
-    (pages, Hkv, page_size, D or Dv), and have no gradients.
+    max_seqlen_q and max_seqlen_k, ints. They may be larger; where they are too small, rows behind
+    them are lost, of out or of gradients, which is noticed (ValueError) on the CPU alone.
+    page_table: (B, pages) int32, with key_lengths; k and v are then (pages, Hkv, page_size, D or
+    Dv), and have no gradients.
 
     Raises ValueError, naming the argument, for what does not fit; RuntimeError where Triton cannot
     run on the device of q. The backward pass gives the same bits every time.
