@@ -190,6 +190,22 @@ def test_packed(lens_q, lens_k, behind, device):
     assert (found["lse"][:, :, sum(lens_q) :] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("coming", [0.0, 1.0, math.nan])
+def test_sinks_have_no_gradient_from_rows_of_no_sequence(coming, device):
+    given = packed((30, 40), (50, 0), behind=6) | {"sinks": torch.tensor([0.5, -torch.inf, 3, -2])}
+    grads = randn(1, HQ, 76, D), randn(1, HQ, 76)
+    for grad in grads:
+        grad[:, :, 70:] = coming
+    given = arguments(device, **given)
+    found = dense.results(attention, given, tuple(grad.to(device) for grad in grads))
+    for grad in grads:
+        grad[:, :, 70:] = 0.0
+    plain = {n: dense.exact(t) for n, t in given.items() if not n.startswith("return_")}
+    expected = dense.results(dense.attention, plain, tuple(grad.double() for grad in grads))
+    measured = dense.errors(found, {"sinks": expected["sinks"]})
+    assert measured["sinks"] <= dense.TOLERANCE[torch.float32], measured
+
+
 @pytest.mark.parametrize(("lens_q", "lens_k"), LENGTHS)
 @pytest.mark.parametrize("shape", ["full", "of-keys", "of-queries", "of-all"])
 def test_packed_with_all_features(lens_q, lens_k, shape, device):

@@ -146,6 +146,6 @@ class _Attention(torch.autograd.Function):
 
 def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """dSinks = sum over rows of P_sink (0 - delta): a sink is a key whose value is 0."""
-    shift = torch.where(lse == -torch.inf, 0.0, lse)
-    share = torch.exp(sinks[:, None] - shift)  # (B, Hq, Sq)
-    return -(share * delta).sum((0, 2))
+    share = torch.exp(sinks[:, None] - lse)  # (B, Hq, Sq)
+    # Rows behind the last sequence have no sink either, whatever comes in for them.
+    return -torch.where(lse == -torch.inf, 0.0, share * delta).sum((0, 2))
