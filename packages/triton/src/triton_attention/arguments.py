@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, SupportsIndex
 
 import torch
@@ -15,6 +15,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAUSAL = ("none", "top-left", "bottom-right")
 LARGEST_HEAD_DIM = 256
 Window = tuple[int | None, int | None]
+TENSORS = (
+    *("q", "k", "v", "alibi_slopes", "mask", "bias", "sinks"),
+    *("key_lengths", "cu_seqlens_q", "cu_seqlens_k", "page_table"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,14 @@ class Arguments:
     def __post_init__(self) -> None:
         for complaint in complaints(self):
             raise ValueError(complaint)
+
+    def tensors(self) -> list[Tensor | None]:
+        """The arguments that autograd has to keep, ``TENSORS`` in their order."""
+        return [getattr(self, name) for name in TENSORS]
+
+    def options(self) -> dict[str, Any]:
+        """All other arguments, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TENSORS}
 
     @property
     def batches(self) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import Arguments, Window
+from .arguments import TENSORS, Arguments, Window
 from .launch import device_of
 from .v2_launches import Launches
 
@@ -117,30 +116,28 @@ class _Attention(torch.autograd.Function):
         with device_of(q):
             found = Launches(x, seed).forward().run()
         out, lse = found["out"], found["lse"]
-        ctx.x = x
         ctx.set_materialize_grads(False)
-        # Saved through autograd, which then notices when one of them is changed in place.
-        lengths = (x.key_lengths, x.page_table, x.cu_seqlens_q, x.cu_seqlens_k)
-        ctx.save_for_backward(
-            q, k, v, bias, sinks, seed, out, lse, x.alibi_slopes, x.mask, *lengths
-        )
+        # All tensors are saved through autograd, and nowhere else: it then notices when one is
+        # changed in place, frees them after backward, and may keep them in another place.
+        ctx.options = x.options()
+        ctx.save_for_backward(seed, out, lse, *x.tensors())
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, bias, sinks, seed, out, lse, *_ = ctx.saved_tensors
+        seed, out, lse, *tensors = ctx.saved_tensors
+        x = Arguments(**dict(zip(TENSORS, tensors, strict=True)), **ctx.options)
         names = ("q", "k", "v", "bias", "sinks")
         wanted = {n for n, need in zip(names, ctx.needs_input_grad, strict=False) if need}
-        x: Arguments = replace(ctx.x, q=q, k=k, v=v, bias=bias, sinks=sinks)
         if x.page_table is not None and wanted & {"k", "v"}:
             raise NotImplementedError("k and v have no gradients where they are paged")
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        with device_of(q):
+        with device_of(x.q):
             found = Launches(x, seed).backward(out, lse, grad_out, grad_lse, wanted).run()
-        if "sinks" in wanted:
-            found["sinks"] = _sink_gradient(sinks, lse, found["delta"])
+        if "sinks" in wanted and x.sinks is not None:
+            found["sinks"] = _sink_gradient(x.sinks, lse, found["delta"])
         return (*(found.get(name) if name in wanted else None for name in names), None, None)
 
 
