@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, SupportsIndex
 
@@ -146,6 +146,9 @@ def complaints(x: Arguments) -> Iterator[str]:
     yield from _scores("bias", x.bias, x.q.dtype, scores, x)
     for name in ("alibi_slopes", "sinks"):
         yield from _form(name, getattr(x, name), torch.float32, (x.heads_q,), x)
+    slopes = x.alibi_slopes
+    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
+        yield "alibi_slopes requires a gradient, and has none: accepted is one that is detached"
 
 
 def _matrices(x: Arguments) -> Iterator[str]:
@@ -182,12 +185,21 @@ def _numbers(x: Arguments) -> Iterator[str]:
         yield f"dropout_p={x.dropout_p!r}: accepted is a number in [0, 1)"
     if x.window is not None and not _bounds(x.window):
         yield f"window={x.window!r}: accepted is None or (left, right), each None or 0 or more"
-    if x.mask_rule is not None and not isinstance(x.mask_rule, Callable):  # type: ignore[arg-type]
+    if x.mask_rule is not None and not _jitted(x.mask_rule):
         yield f"mask_rule={x.mask_rule!r}: accepted is a function with @triton.jit, or None"
 
 
 def _finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _jitted(rule: object) -> bool:
+    """Whether this is a device function, compiled or interpreted."""
+    # Triton is not imported before it is known how it is to run kernels: see ``interpreter``.
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    return isinstance(rule, JITFunction | InterpretedFunction)
 
 
 def _bounds(window: object) -> bool:

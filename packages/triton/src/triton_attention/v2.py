@@ -48,10 +48,10 @@ def attention(
     scale: of q·k, None for 1/sqrt(D). causal: "none", "top-left" or "bottom-right". window: (left,
     right), inclusive, None on a side for no bound. The diagonal that they and ALiBi are measured
     from is key i for "top-left", else key i + Sk - Sq, of the true lengths. softcap: 0 is off.
-    alibi_slopes: (Hq,) fp32. mask: bool, True where visible, and bias: in the dtype of q, broadcast
-    to (B, Hq, Sq, Sk). mask_rule: see ``triton_attention.kernels.masks``. sinks: (Hq,) fp32 logits
-    that join the row sum. dropout_p: kept probabilities are divided by 1 - dropout_p; the seed
-    comes from torch's generator of the device.
+    alibi_slopes: (Hq,) fp32, that have no gradient. mask: bool, True where visible, and bias: in
+    the dtype of q, broadcast to (B, Hq, Sq, Sk). mask_rule: see ``triton_attention.kernels.masks``.
+    sinks: (Hq,) fp32 logits that join the row sum. dropout_p: kept probabilities are divided by
+    1 - dropout_p; the seed comes from torch's generator of the device.
 
     key_lengths: (B,) int32, keys that count, at most all there are. cu_seqlens_q and cu_seqlens_k:
     (sequences + 1,) int32, bounds of sequences packed into a batch of 1, with their longest lengths
