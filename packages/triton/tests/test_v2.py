@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from triton_attention import attention
+from triton_attention import attention, attention_v1
 from triton_attention.arguments import Arguments
 from triton_attention.v2_launches import Launches
 
@@ -125,6 +125,26 @@ def test_empty_and_smallest(sq, sk, options, device):
     given = {"bias": randn(B, 1, sq, sk), "dropout_p": 0.5, **options}
     # With one key dP - delta is what rounding leaves of numbers that are the same.
     dense.check(attention, arguments(device, **qkv(sq, sk), **given), room=50)
+
+
+@pytest.mark.parametrize("function", [attention, attention_v1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("low", [256, 300], ids=["first-keys", "all-keys"])
+def test_scores_that_overflow_weigh_nothing(low, dtype, function, device):
+    """Blocks of keys that no mask is needed for, whose scores are all -inf."""
+    tensors = {name: tensor.to(device, dtype) for name, tensor in qkv(sk=300).items()}
+    tensors["q"] = tensors["q"].abs() + 1
+    few = {name: tensors[name][:, :, low:] for name in "kv"}
+    tensors["k"][:, :, :low] = -3e38
+    grads = randn(B, HQ, SQ, D).to(device, dtype), randn(B, HQ, SQ).to(device)
+    found = dense.results(function, tensors | {"return_lse": True}, grads)
+    plain = {name: dense.exact(tensor) for name, tensor in (tensors | few).items()}
+    expected = dense.results(dense.attention, plain, tuple(dense.exact(grad) for grad in grads))
+    for name in "kv":
+        assert not found[name][:, :, :low].any()
+        found[name] = found[name][:, :, low:]
+    measured = dense.errors(found, expected)
+    assert max(measured.values()) <= dense.TOLERANCE[dtype], measured
 
 
 def test_an_empty_batch(device):
