@@ -4,6 +4,7 @@ import ctypes
 import mmap
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -11,6 +12,7 @@ import triton.language as tl
 
 from triton_attention import interpreter
 from triton_attention.interpreter import OutOfBounds
+from triton_attention.interpreter.accesses import Region
 
 
 class Matrix(NamedTuple):
@@ -124,6 +126,52 @@ def test_a_view_ends_with_its_last_element(view, last):
             interpreter.run(element, (1,), {"x": view, "at": beyond})
 
 
+VIEWS = {
+    "columns": lambda x: x[:96].view(12, 8)[:, :3],
+    "one-column": lambda x: x[:16].view(8, 2)[:, 0],
+    "strided": lambda x: x[5::7],
+    "transposed": lambda x: x.view(4, 64).t()[1:9:2],
+    "expanded": lambda x: x[:8].view(8, 1)[::3].expand(3, 5),
+    "part-of-a-part": lambda x: x.view(4, 4, 4, 4)[1:3, :, ::2, 1:],
+    "heads": lambda x: x.view(4, 4, 16)[:, 1:3].transpose(0, 1),
+    "windows": lambda x: x.as_strided((5, 3), (1, 1)),
+    "wide-windows": lambda x: x.as_strided((5, 6), (4, 1)),
+    "windows-with-gaps": lambda x: x.as_strided((5, 3, 4), (6, 2, 20)),
+    "interleaved": lambda x: x.as_strided((4, 5), (3, 2)),
+    "interleaved-twice": lambda x: x.as_strided((4, 5, 3), (6, 5, 9)),
+    "overlapping": lambda x: x.as_strided((3, 6, 2), (10, 4, 7)),
+    "dense": lambda x: x.view(4, 8, 8),
+    "scalar": lambda x: x[3],
+    "empty": lambda x: x[:0],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_only_elements_of_a_view_are_accessed(view):
+    x = VIEWS[view](torch.zeros(256))
+    first = x.storage_offset()
+    offsets = torch.arange(256).as_strided(x.shape, x.stride(), first).unique() - first
+    region = Region("x", x)
+    for at in range(-3, 260 - first):
+        if at in offsets:
+            region.check("load", np.array([at]), (0, 0, 0))
+        else:
+            with pytest.raises(OutOfBounds):
+                region.check("load", np.array([at]), (0, 0, 0))
+
+
+def test_accesses_between_the_elements_of_a_view():
+    x = torch.arange(16.0).reshape(8, 2)[:, 0]
+    with pytest.raises(OutOfBounds, match=r"load x .*: 1 element between its own"):
+        interpreter.run(element, (1,), {"x": x, "at": 1})
+    with pytest.raises(OutOfBounds, match=r"load x .*: 4 elements between its own"):
+        run_copy(x, torch.zeros(8))
+    out = torch.zeros(16).reshape(8, 2)[:, 0]
+    with pytest.raises(OutOfBounds, match=r"store out .*: 4 elements between its own"):
+        run_copy(torch.ones(8), out)
+    assert not out.any()
+
+
 @triton.jit
 def carried(x, y, out, WAY: tl.constexpr):
     i = tl.arange(0, 4)
@@ -228,6 +276,8 @@ def test_address_space_that_is_mostly_untouched():
     out = torch.zeros(4)
     interpreter.run(spread, (1,), {"x": Matrix(sparse, sparse.stride(0)), "out": out})
     assert torch.equal(out, sparse)
+    with pytest.raises(OutOfBounds, match="3 elements between its own"):
+        interpreter.run(spread, (1,), {"x": Matrix(sparse, sparse.stride(0) - 1), "out": out})
 
 
 @triton.jit

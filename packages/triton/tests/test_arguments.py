@@ -5,8 +5,11 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import triton
+from triton.runtime.jit import JITFunction
 
 from triton_attention import arguments, attention, attention_v1
 from triton_attention.arguments import Arguments
@@ -39,6 +42,11 @@ def paged(**changes):
 
 def empty(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype)
+
+
+def later(i, j, head, batch):
+    """A mask rule without @triton.jit."""
+    return j > i
 
 
 ALL_OR_NONE = "go together: accepted is all of them or none"
@@ -97,6 +105,15 @@ COMPLAINTS = [
         "window=(1,): accepted is None or (left, right), each None or 0 or more",
     ),
     (fitting(mask_rule=3), "mask_rule=3: accepted is a function with @triton.jit, or None"),
+    (fitting(mask_rule=later), "mask_rule=<function later at 0x"),
+    (
+        fitting(mask_rule=torch.nn.Identity()),
+        "mask_rule=Identity(): accepted is a function with @triton.jit, or None",
+    ),
+    (
+        fitting(alibi_slopes=torch.zeros(HQ, requires_grad=True)),
+        "alibi_slopes requires a gradient, and has none: accepted is one that is detached",
+    ),
     (
         fitting(key_lengths=empty(3, dtype=INT)),
         "key_lengths is torch.int32 (3,) on cpu: accepted is torch.int32 (2) on cpu",
@@ -125,6 +142,23 @@ COMPLAINTS = [
         packed(cu_seqlens_k=empty(4, dtype=INT)),
         "cu_seqlens_k has another length than cu_seqlens_q: accepted is the same",
     ),
+    (
+        packed(cu_seqlens_q=empty(0, dtype=INT), cu_seqlens_k=empty(0, dtype=INT)),
+        "cu_seqlens_q has no elements: accepted is one more than there are sequences",
+    ),
+    (packed(max_seqlen_q=-1), "max_seqlen_q is -1: accepted is an int of 0 or more"),
+    (packed(max_seqlen_k=2.0), "max_seqlen_k is 2.0: accepted is an int of 0 or more"),
+    (packed(max_seqlen_k="2"), "max_seqlen_k is '2': accepted is an int of 0 or more"),
+    (
+        packed(max_seqlen_q=torch.tensor(2)),
+        "max_seqlen_q is torch.int64 () on cpu: accepted is an int of 0 or more",
+    ),
+    (
+        packed(max_seqlen_q=np.ones(3, dtype=int)),
+        "max_seqlen_q is array([1, 1, 1]): accepted is an int of 0 or more",
+    ),
+    (packed(max_seqlen_q=1), "max_seqlen_q=1: accepted is 2, the longest sequence, or more"),
+    (packed(max_seqlen_k=0), "max_seqlen_k=0: accepted is 2, the longest sequence, or more"),
     (
         packed(**fitting()),
         "q has batch 2: accepted is 1 with cu_seqlens_q",
@@ -206,6 +240,8 @@ def test_v1_complains_likewise(given, said):
 FITTING = [
     fitting(),
     packed(),
+    packed(max_seqlen_q=np.int64(2), max_seqlen_k=900),
+    packed(cu_seqlens_q=torch.zeros(1, dtype=INT), cu_seqlens_k=torch.zeros(1, dtype=INT)),
     paged(),
     fitting(causal="bottom-right", scale=-1, softcap=0, dropout_p=0, window=[None, 0]),
     fitting(mask=empty(1, HQ, 1, SK, dtype=BOOL), bias=empty(B, 1, SQ, 1), sinks=empty(HQ)),
@@ -218,6 +254,20 @@ FITTING = [
 @pytest.mark.parametrize("given", FITTING)
 def test_what_fits(given):
     Arguments(**given)
+
+
+def test_rules_that_fit():
+    """Device functions, interpreted where kernels are."""
+    Arguments(**fitting(mask_rule=triton.jit(later)))
+    Arguments(**fitting(mask_rule=JITFunction(later)))
+
+
+def test_alibi_slopes_that_require_a_gradient_where_none_is_wanted(device):
+    given = {name: tensor.to(device) for name, tensor in fitting().items()}
+    slopes = torch.ones(HQ, device=device, requires_grad=True)
+    with torch.no_grad():
+        out = attention(**given, alibi_slopes=slopes)
+    assert torch.equal(out, attention(**given, alibi_slopes=slopes.detach()))
 
 
 def test_every_complaint_is_in_the_table():

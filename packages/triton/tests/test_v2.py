@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from triton_attention import attention
+from triton_attention import attention, attention_v1
 from triton_attention.arguments import Arguments
 from triton_attention.v2_launches import Launches
 
@@ -79,6 +79,25 @@ def test_a_feature(name, sq, sk, device):
     assert shown["lse" if name in LSE_ALONE else "out"] > 1e-2  # the feature mattered
 
 
+@pytest.mark.parametrize("causal", ["none", "top-left"])
+@pytest.mark.parametrize(("sq", "sk"), [(SQ, 20), (20, SQ)])
+@pytest.mark.parametrize("form", ["dense", "packed", "paged"])
+def test_windows_that_hide_nothing(form, sq, sk, causal, device):
+    made = {
+        "dense": lambda: qkv(sq, sk),
+        "packed": lambda: packed((sq, 9), (sk, 30)),
+        "paged": lambda: paged((sk, 9), 4, sq),
+    }
+    given = arguments(device, **made[form](), causal=causal)
+    grads = randn(*given["q"].shape).to(device), randn(*given["q"].shape[:3]).to(device)
+    without = dense.results(attention, given, grads)
+    exact = {name: dense.exact(tensor) for name, tensor in without.items()}
+    for window in ((2**31 - sq, 2**31 - 1), (2**31 - 1, None), (None, 2**64)):
+        found = dense.results(attention, given | {"window": window}, grads)
+        measured = dense.errors(found, exact)
+        assert max(measured.values()) <= dense.TOLERANCE[torch.float32], (window, measured)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sq", [SQ, 3], ids=["many-queries", "few-queries"])
 def test_all_features_together(dtype, sq, device):
@@ -108,6 +127,26 @@ def test_empty_and_smallest(sq, sk, options, device):
     dense.check(attention, arguments(device, **qkv(sq, sk), **given), room=50)
 
 
+@pytest.mark.parametrize("function", [attention, attention_v1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("low", [256, 300], ids=["first-keys", "all-keys"])
+def test_scores_that_overflow_weigh_nothing(low, dtype, function, device):
+    """Blocks of keys that no mask is needed for, whose scores are all -inf."""
+    tensors = {name: tensor.to(device, dtype) for name, tensor in qkv(sk=300).items()}
+    tensors["q"] = tensors["q"].abs() + 1
+    few = {name: tensors[name][:, :, low:] for name in "kv"}
+    tensors["k"][:, :, :low] = -3e38
+    grads = randn(B, HQ, SQ, D).to(device, dtype), randn(B, HQ, SQ).to(device)
+    found = dense.results(function, tensors | {"return_lse": True}, grads)
+    plain = {name: dense.exact(tensor) for name, tensor in (tensors | few).items()}
+    expected = dense.results(dense.attention, plain, tuple(dense.exact(grad) for grad in grads))
+    for name in "kv":
+        assert not found[name][:, :, :low].any()
+        found[name] = found[name][:, :, low:]
+    measured = dense.errors(found, expected)
+    assert max(measured.values()) <= dense.TOLERANCE[dtype], measured
+
+
 def test_an_empty_batch(device):
     given = arguments(device, **qkv(b=0), **everything(0))
     found = dense.results(attention, given, (torch.empty(0, HQ, SQ, D, device=device),))
@@ -125,6 +164,28 @@ def test_keys_beyond_their_lengths_are_not_read(device):
     found = dense.check(attention, given)
     assert not found["k"][0, :, 40:].any()
     assert not found["v"][1, :, 77:].any()
+
+
+@pytest.mark.parametrize("sq", [3, 40], ids=["few-queries", "many-queries"])
+@pytest.mark.parametrize("form", ["dense", "paged"])
+def test_key_lengths_beyond_the_keys(form, sq, device):
+    """All keys then count, and none of the next head, or page of nobody."""
+    given = qkv(sq) if form == "dense" else paged((32, 80), 16, sq)
+    if form == "paged":  # behind the last page: that of no sequence
+        given["page_table"] = given["page_table"][:, :5]
+        given["page_table"][0, 2:] = given["page_table"][1, :3]
+    room = SK if form == "dense" else 80
+    options = {"causal": "bottom-right", "bias": randn(1, HQ, sq, room), "dropout_p": 0.2}
+    lengths = {"key_lengths": torch.tensor([room + 12, room], dtype=torch.int32)}
+    all_keys = {"key_lengths": torch.tensor([room, room], dtype=torch.int32)}
+    grads = randn(B, HQ, sq, D).to(device), randn(B, HQ, sq).to(device)
+    found = []
+    for known in (lengths, all_keys):
+        torch.manual_seed(1)
+        given_now = arguments(device, **(given | options | known))
+        found.append(dense.results(attention, given_now, grads))
+    for name, tensor in found[1].items():
+        assert torch.equal(found[0][name], tensor), name
 
 
 # Packed.
@@ -147,6 +208,22 @@ def test_packed(lens_q, lens_k, behind, device):
     found = dense.check(attention, given, tuple(grad.to(device) for grad in grads))
     assert (found["out"][:, :, sum(lens_q) :] == 0).all()
     assert (found["lse"][:, :, sum(lens_q) :] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("coming", [0.0, 1.0, math.nan])
+def test_sinks_have_no_gradient_from_rows_of_no_sequence(coming, device):
+    given = packed((30, 40), (50, 0), behind=6) | {"sinks": torch.tensor([0.5, -torch.inf, 3, -2])}
+    grads = randn(1, HQ, 76, D), randn(1, HQ, 76)
+    for grad in grads:
+        grad[:, :, 70:] = coming
+    given = arguments(device, **given)
+    found = dense.results(attention, given, tuple(grad.to(device) for grad in grads))
+    for grad in grads:
+        grad[:, :, 70:] = 0.0
+    plain = {n: dense.exact(t) for n, t in given.items() if not n.startswith("return_")}
+    expected = dense.results(dense.attention, plain, tuple(grad.double() for grad in grads))
+    measured = dense.errors(found, {"sinks": expected["sinks"]})
+    assert measured["sinks"] <= dense.TOLERANCE[torch.float32], measured
 
 
 @pytest.mark.parametrize(("lens_q", "lens_k"), LENGTHS)
@@ -214,6 +291,48 @@ def test_memory_layouts(layout, device):
     assert not laid["q"].is_contiguous()
     grads = LAYOUTS[layout](randn(B, HQ, SQ, 24).to(device)), randn(B, SQ, HQ).to(device).mT
     dense.check(attention, given | laid, grads)
+
+
+def every_other(tensor):
+    """The same numbers with others between them."""
+    return torch.stack([tensor, tensor * 0 + 1], -1)[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        *(("dense", name) for name in ("sinks", "alibi_slopes", "key_lengths")),
+        *(("packed", name) for name in ("cu_seqlens_q", "cu_seqlens_k")),
+        *(("paged", name) for name in ("page_table", "key_lengths")),
+    ],
+)
+@pytest.mark.parametrize("sq", [3, 40], ids=["few-queries", "many-queries"])
+def test_strides_of_vectors(form, name, sq, device):
+    made = {
+        "dense": lambda: qkv(sq) | FEATURES["key-lengths"]() | {"sinks": randn(HQ)},
+        "packed": lambda: packed((sq, 30), (50, 20)),
+        "paged": lambda: paged((37, 80), 16, sq),
+    }
+    given = arguments(device, **made[form](), alibi_slopes=rand(HQ))
+    given[name] = every_other(given[name])
+    assert not given[name].is_contiguous()
+    dense.check(attention, given)
+
+
+@pytest.mark.parametrize("name", ["sinks", "alibi_slopes", "key_lengths"])
+def test_vectors_that_broadcast(name, device):
+    vector = rand(1).expand(HQ)
+    if name == "key_lengths":
+        vector = torch.tensor([53], dtype=torch.int32).expand(B)
+    given = arguments(device, **qkv(), **{name: vector})
+    assert given[name].stride() == (0,)
+    dense.check(attention, given)
+
+
+def test_a_transposed_page_table(device):
+    given = arguments(device, **paged((37, 80), 16, 40))
+    given["page_table"] = given["page_table"].mT.contiguous().mT
+    dense.check(attention, given)
 
 
 def test_gradients_that_broadcast(device):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAUSAL = ("none", "top-left", "bottom-right")
 LARGEST_HEAD_DIM = 256
 Window = tuple[int | None, int | None]
+TENSORS = (
+    *("q", "k", "v", "alibi_slopes", "mask", "bias", "sinks"),
+    *("key_lengths", "cu_seqlens_q", "cu_seqlens_k", "page_table"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,14 @@ class Arguments:
         for complaint in complaints(self):
             raise ValueError(complaint)
 
+    def tensors(self) -> list[Tensor | None]:
+        """The arguments that autograd has to keep, ``TENSORS`` in their order."""
+        return [getattr(self, name) for name in TENSORS]
+
+    def options(self) -> dict[str, Any]:
+        """All other arguments, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TENSORS}
+
     @property
     def batches(self) -> int:
         """Sequences: batch entries, or packed ones."""
@@ -71,14 +84,14 @@ class Arguments:
     @property
     def seqlen_q(self) -> int:
         """Queries of the longest sequence."""
-        return self.q.shape[2] if self.max_seqlen_q is None else self.max_seqlen_q
+        return self.q.shape[2] if self.max_seqlen_q is None else operator.index(self.max_seqlen_q)
 
     @property
     def seqlen_k(self) -> int:
         """Keys of the longest sequence, or room for as many."""
         if self.page_table is not None:
             return self.page_table.shape[1] * self.k.shape[2]
-        return self.k.shape[2] if self.max_seqlen_k is None else self.max_seqlen_k
+        return self.k.shape[2] if self.max_seqlen_k is None else operator.index(self.max_seqlen_k)
 
     @property
     def page_size(self) -> int | None:
@@ -102,8 +115,16 @@ class Arguments:
 
     @property
     def band(self) -> tuple[int | None, int | None]:
-        """Keys to the left and to the right of the diagonal that a query sees; None: all."""
-        left, right = (None, None) if self.window is None else self.window
+        """Keys to the left and to the right of the diagonal that a query sees; None: all.
+
+        No key is further from a diagonal than there are queries and keys, all sequences together:
+        bounds end there, as kernels add them to positions in 32 bits.
+        """
+        keys = self.seqlen_k if self.page_table is not None else self.k.shape[2]
+        furthest = self.q.shape[2] + keys
+        left, right = (
+            None if bound is None else min(bound, furthest) for bound in self.window or (None, None)
+        )
         if self.causal != "none":
             right = 0 if right is None else min(right, 0)
         return left, right
@@ -125,6 +146,9 @@ def complaints(x: Arguments) -> Iterator[str]:
     yield from _scores("bias", x.bias, x.q.dtype, scores, x)
     for name in ("alibi_slopes", "sinks"):
         yield from _form(name, getattr(x, name), torch.float32, (x.heads_q,), x)
+    slopes = x.alibi_slopes
+    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
+        yield "alibi_slopes requires a gradient, and has none: accepted is one that is detached"
 
 
 def _matrices(x: Arguments) -> Iterator[str]:
@@ -161,12 +185,21 @@ def _numbers(x: Arguments) -> Iterator[str]:
         yield f"dropout_p={x.dropout_p!r}: accepted is a number in [0, 1)"
     if x.window is not None and not _bounds(x.window):
         yield f"window={x.window!r}: accepted is None or (left, right), each None or 0 or more"
-    if x.mask_rule is not None and not isinstance(x.mask_rule, Callable):  # type: ignore[arg-type]
+    if x.mask_rule is not None and not _jitted(x.mask_rule):
         yield f"mask_rule={x.mask_rule!r}: accepted is a function with @triton.jit, or None"
 
 
 def _finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _jitted(rule: object) -> bool:
+    """Whether this is a device function, compiled or interpreted."""
+    # Triton is not imported before it is known how it is to run kernels: see ``interpreter``.
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    return isinstance(rule, JITFunction | InterpretedFunction)
 
 
 def _bounds(window: object) -> bool:
@@ -194,13 +227,37 @@ def _lengths(x: Arguments) -> Iterator[str]:
             "cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k go together: "
             "accepted is all of them or none"
         )
-    elif x.cu_seqlens_q.shape != x.cu_seqlens_k.shape:  # type: ignore[union-attr]
+    if x.cu_seqlens_q.shape != x.cu_seqlens_k.shape:  # type: ignore[union-attr]
         yield "cu_seqlens_k has another length than cu_seqlens_q: accepted is the same"
-    elif batch != 1:
+    if not x.cu_seqlens_q.shape[0]:  # type: ignore[union-attr]
+        yield "cu_seqlens_q has no elements: accepted is one more than there are sequences"
+    if batch != 1:
         yield f"q has batch {batch}: accepted is 1 with cu_seqlens_q"
+    yield from _longest("max_seqlen_q", x.max_seqlen_q, x.cu_seqlens_q)
+    yield from _longest("max_seqlen_k", x.max_seqlen_k, x.cu_seqlens_k)
     for name in ("page_table", "key_lengths"):
         if getattr(x, name) is not None:
             yield f"{name} is given with cu_seqlens_q: accepted is one of them"
+
+
+def _longest(name: str, longest: object, bounds: Any) -> Iterator[str]:
+    """Bounds of sequences and the length that none exceeds."""
+    if not _length(longest):
+        yield f"{name} is {_described(longest)}: accepted is an int of 0 or more"
+    elif bounds.device.type == "cpu":  # elsewhere, reading them would wait for the device
+        most = int(bounds.diff().max()) if bounds.shape[0] > 1 else 0
+        if most > operator.index(longest):  # type: ignore[arg-type]
+            yield f"{name}={longest}: accepted is {most}, the longest sequence, or more"
+
+
+def _length(value: object) -> bool:
+    """Whether this is an int of 0 or more; a tensor is none, as its number is on a device."""
+    if isinstance(value, Tensor) or not isinstance(value, SupportsIndex):
+        return False
+    try:
+        return operator.index(value) >= 0
+    except TypeError:
+        return False
 
 
 def _form(

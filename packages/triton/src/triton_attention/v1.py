@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import Arguments
+from .arguments import TENSORS, Arguments
 from .kernels.tensors import matrix, vector
 from .kernels.v1_backward import backward
 from .kernels.v1_forward import forward
@@ -121,20 +120,20 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, x: Arguments) -> tuple[Tensor, Tensor]:
         with device_of(q):
             found = forward_launch(x).run()
-        ctx.x = x
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, found["out"], found["l"], found["m"])
+        ctx.options = x.options()
+        ctx.save_for_backward(found["out"], found["l"], found["m"], *x.tensors())
         # The paper hands on l and m; their LSE is what other implementations return.
         return found["out"].to(q.dtype), found["m"] + found["l"].log()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, out, l, m = ctx.saved_tensors
-        x = replace(ctx.x, q=q, k=k, v=v)
+        out, l, m, *tensors = ctx.saved_tensors
+        x = Arguments(**dict(zip(TENSORS, tensors, strict=True)), **ctx.options)
         if grad_out is None:
-            grad_out = torch.zeros_like(out, dtype=q.dtype)
-        with device_of(q):
+            grad_out = torch.zeros_like(out, dtype=x.q.dtype)
+        with device_of(x.q):
             saved = {"out": out, "l": l, "m": m}
             found = backward_launch(x, saved, grad_out, grad_lse).run()
-        return found["q"].to(q.dtype), found["k"], found["v"], None
+        return found["q"].to(x.q.dtype), found["k"], found["v"], None

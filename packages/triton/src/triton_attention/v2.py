@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import Arguments, Window
+from .arguments import TENSORS, Arguments, Window
 from .launch import device_of
 from .v2_launches import Launches
 
@@ -49,15 +48,17 @@ def attention(
     scale: of q·k, None for 1/sqrt(D). causal: "none", "top-left" or "bottom-right". window: (left,
     right), inclusive, None on a side for no bound. The diagonal that they and ALiBi are measured
     from is key i for "top-left", else key i + Sk - Sq, of the true lengths. softcap: 0 is off.
-    alibi_slopes: (Hq,) fp32. mask: bool, True where visible, and bias: in the dtype of q, broadcast
-    to (B, Hq, Sq, Sk). mask_rule: see ``triton_attention.kernels.masks``. sinks: (Hq,) fp32 logits
-    that join the row sum. dropout_p: kept probabilities are divided by 1 - dropout_p; the seed
-    comes from torch's generator of the device.
+    alibi_slopes: (Hq,) fp32, that have no gradient. mask: bool, True where visible, and bias: in
+    the dtype of q, broadcast to (B, Hq, Sq, Sk). mask_rule: see ``triton_attention.kernels.masks``.
+    sinks: (Hq,) fp32 logits that join the row sum. dropout_p: kept probabilities are divided by
+    1 - dropout_p; the seed comes from torch's generator of the device.
 
-    key_lengths: (B,) int32, keys that count. cu_seqlens_q and cu_seqlens_k: (sequences + 1,) int32,
-    bounds of sequences packed into a batch of 1, with their longest lengths max_seqlen_q and
-    max_seqlen_k. page_table: (B, pages) int32, with key_lengths; k and v are then (pages, Hkv,
-    page_size, D or Dv), and have no gradients.
+    key_lengths: (B,) int32, keys that count, at most all there are. cu_seqlens_q and cu_seqlens_k:
+    (sequences + 1,) int32, bounds of sequences packed into a batch of 1, with their longest lengths
+    max_seqlen_q and max_seqlen_k, ints. They may be larger; where they are too small, rows behind
+    them are lost, of out or of gradients, which is noticed (ValueError) on the CPU alone.
+    page_table: (B, pages) int32, with key_lengths; k and v are then (pages, Hkv, page_size, D or
+    Dv), and have no gradients.
 
     Raises ValueError, naming the argument, for what does not fit; RuntimeError where Triton cannot
     run on the device of q. The backward pass gives the same bits every time.
@@ -115,35 +116,33 @@ class _Attention(torch.autograd.Function):
         with device_of(q):
             found = Launches(x, seed).forward().run()
         out, lse = found["out"], found["lse"]
-        ctx.x = x
         ctx.set_materialize_grads(False)
-        # Saved through autograd, which then notices when one of them is changed in place.
-        lengths = (x.key_lengths, x.page_table, x.cu_seqlens_q, x.cu_seqlens_k)
-        ctx.save_for_backward(
-            q, k, v, bias, sinks, seed, out, lse, x.alibi_slopes, x.mask, *lengths
-        )
+        # All tensors are saved through autograd, and nowhere else: it then notices when one is
+        # changed in place, frees them after backward, and may keep them in another place.
+        ctx.options = x.options()
+        ctx.save_for_backward(seed, out, lse, *x.tensors())
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, bias, sinks, seed, out, lse, *_ = ctx.saved_tensors
+        seed, out, lse, *tensors = ctx.saved_tensors
+        x = Arguments(**dict(zip(TENSORS, tensors, strict=True)), **ctx.options)
         names = ("q", "k", "v", "bias", "sinks")
         wanted = {n for n, need in zip(names, ctx.needs_input_grad, strict=False) if need}
-        x: Arguments = replace(ctx.x, q=q, k=k, v=v, bias=bias, sinks=sinks)
         if x.page_table is not None and wanted & {"k", "v"}:
             raise NotImplementedError("k and v have no gradients where they are paged")
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        with device_of(q):
+        with device_of(x.q):
             found = Launches(x, seed).backward(out, lse, grad_out, grad_lse, wanted).run()
-        if "sinks" in wanted:
-            found["sinks"] = _sink_gradient(sinks, lse, found["delta"])
+        if "sinks" in wanted and x.sinks is not None:
+            found["sinks"] = _sink_gradient(x.sinks, lse, found["delta"])
         return (*(found.get(name) if name in wanted else None for name in names), None, None)
 
 
 def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """dSinks = sum over rows of P_sink (0 - delta): a sink is a key whose value is 0."""
-    shift = torch.where(lse == -torch.inf, 0.0, lse)
-    share = torch.exp(sinks[:, None] - shift)  # (B, Hq, Sq)
-    return -(share * delta).sum((0, 2))
+    share = torch.exp(sinks[:, None] - lse)  # (B, Hq, Sq)
+    # Rows behind the last sequence have no sink either, whatever comes in for them.
+    return -torch.where(lse == -torch.inf, 0.0, share * delta).sum((0, 2))

@@ -71,7 +71,7 @@ class Launches:
                     "v": matrix(x.v),
                     "out": matrix(found),
                     "lse": vector(found_lse),
-                    "sinks": x.sinks,
+                    "sinks": _without_gaps(x.sinks),
                     "heads": heads // pack,
                     "blocks": blocks,
                     "batches": x.batches,
@@ -319,7 +319,7 @@ class Launches:
             scale=x.softmax_scale,
             unit=LOG2_E * x.softmax_scale if self._folded else LOG2_E,
             softcap=x.softcap or None,
-            alibi_slopes=x.alibi_slopes,
+            alibi_slopes=_without_gaps(x.alibi_slopes),
             **{f"bias{end}": value for end, value in zip(STRIDES, matrix(x.bias), strict=True)},
             **{f"mask{end}": value for end, value in zip(STRIDES, matrix(x.mask), strict=True)},
         )
@@ -327,12 +327,13 @@ class Launches:
     @cached_property
     def _sequences(self) -> Sequences:
         x = self.x
+        table = _without_gaps(x.page_table)
         return Sequences(
-            key_lengths=x.key_lengths,
-            cu_seqlens_q=x.cu_seqlens_q,
-            cu_seqlens_k=x.cu_seqlens_k,
-            page_table=x.page_table,
-            page_table_row=None if x.page_table is None else x.page_table.stride(0),
+            key_lengths=_without_gaps(x.key_lengths),
+            cu_seqlens_q=_without_gaps(x.cu_seqlens_q),
+            cu_seqlens_k=_without_gaps(x.cu_seqlens_k),
+            page_table=table,
+            page_table_row=None if table is None else table.stride(0),
         )
 
     @cached_property
@@ -344,6 +345,11 @@ class Launches:
             threshold=round(self.x.dropout_p * 2**32),
             factor=1.0 / (1.0 - self.x.dropout_p),
         )
+
+
+def _without_gaps(tensor: Tensor | None) -> Tensor | None:
+    """The same, copied unless the last dimension has stride 1, which kernels take for granted."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _ceil(count: int, size: int) -> int:

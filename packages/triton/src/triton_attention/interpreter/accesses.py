@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -72,8 +73,8 @@ def counting() -> Iterator[Accesses]:
 class Region:
     """The memory of a tensor argument from its first element to its last.
 
-    ``bits`` are the elements as a flat array of integers that shares the memory. Pointers are
-    indices into it, so that what they may address goes with them.
+    ``bits`` are the elements, and what lies between them, as a flat array of integers that shares
+    the memory. Pointers are indices into it, so that what they may address goes with them.
     """
 
     def __init__(self, name: str, tensor: Tensor) -> None:
@@ -86,12 +87,21 @@ class Region:
         self.address = tensor.data_ptr()
         flat = tensor.detach().as_strided((span,), (1,))
         self.bits: Array = flat.view(_BITS[self.itemsize]).numpy()
+        self.runs = runs(tensor.shape, tensor.stride())
+        self.dense = not self.runs or (len(self.runs) == 1 and self.runs[0].stride == 1)
 
     def check(self, access: str, indices: Array, program: tuple[int, ...]) -> None:
         """OutOfBounds unless all int64 ``indices`` are those of elements."""
+        if not indices.size:
+            return
+        wrong = ""
         # As unsigned numbers, negative ones are the largest.
-        if indices.size and indices.view(np.uint64).max() >= self.bits.size:
-            raise OutOfBounds(f"{access} {self.name} in program {program}: {self._beyond(indices)}")
+        if indices.view(np.uint64).max() >= self.bits.size:
+            wrong = self._beyond(indices)
+        elif not self.dense and not (inside := among(indices, self.runs)).all():
+            wrong = f"{_elements(int(np.count_nonzero(~inside)))} between its own"
+        if wrong:
+            raise OutOfBounds(f"{access} {self.name} in program {program}: {wrong}")
 
     def _beyond(self, indices: Array) -> str:
         size = self.bits.size
@@ -101,6 +111,50 @@ class Region:
         found = [f"{_elements(before)} before its first"] if before > 0 else []
         found += [f"{_elements(after)} beyond its last"] if after > 0 else []
         return f"{' and '.join(found)} (of {size} from first to last)"
+
+
+class Run(NamedTuple):
+    """Equidistant offsets: 0, stride, 2 stride … up to size - 1 of them further."""
+
+    size: int
+    stride: int
+
+
+def runs(sizes: Sequence[int], strides: Sequence[int]) -> tuple[Run, ...]:
+    """Runs, as few as possible, the sums of whose offsets are those of the elements of a tensor.
+
+    The longest strides first. Of a tensor without gaps it is one of stride 1, or none.
+    """
+    found: list[Run] = []
+    for stride, size in sorted(zip(strides, sizes, strict=True)):
+        if size == 1 or not stride:
+            continue  # what broadcasts is one element
+        inner = found[-1] if found else None
+        if inner and not stride % inner.stride and stride // inner.stride <= inner.size:
+            # It goes on where the inner run ends, or before.
+            found[-1] = inner._replace(size=inner.size + (size - 1) * (stride // inner.stride))
+        else:
+            found.append(Run(size, stride))
+    return tuple(reversed(found))
+
+
+def among(indices: Array, runs: tuple[Run, ...]) -> Array:
+    """Which indices, all 0 or more, are sums of offsets, one of each run.
+
+    By arithmetic, as a table would need as much memory as lies between first and last element.
+    """
+    if not runs:
+        found: Array = indices == 0
+        return found
+    (size, stride), inner = runs[0], runs[1:]
+    last = np.minimum(indices // stride, size - 1)
+    found = among(indices - last * stride, inner)
+    # Where runs overlap, what is left may as well be reached from an offset before.
+    reach = sum((run.size - 1) * run.stride for run in inner)
+    for back in range(1, reach // stride + 1):
+        offset = last - back
+        found |= (offset >= 0) & among(indices - offset * stride, inner)
+    return found
 
 
 def _elements(count: int) -> str:

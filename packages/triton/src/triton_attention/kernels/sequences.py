@@ -36,7 +36,8 @@ class Place(NamedTuple):
 
 @triton.jit
 def locate(sequences, batch, seqlen_q, seqlen_k, bottom_right, left, right):
-    """The place of one sequence; seqlen_q and seqlen_k are those of dense tensors.
+    """The place of one sequence; seqlen_q and seqlen_k are those of dense tensors, seqlen_k also
+    what pages have room for: there are no more keys than that.
 
     The diagonal ends at the bottom right if bottom_right is 1, or begins at the top left if 0.
     """
@@ -49,7 +50,8 @@ def locate(sequences, batch, seqlen_q, seqlen_k, bottom_right, left, right):
         start_k = tl.load(sequences.cu_seqlens_k + batch)
         len_k = tl.load(sequences.cu_seqlens_k + batch + 1) - start_k
     if sequences.key_lengths is not None:
-        len_k = tl.load(sequences.key_lengths + batch)
+        # Behind the last key, or page, others follow.
+        len_k = tl.minimum(tl.load(sequences.key_lengths + batch), seqlen_k)
     diagonal = (len_k - len_q) * bottom_right
     return Place(batch, entry, start_q, len_q, start_k, len_k, diagonal, left, right)
 

@@ -160,9 +160,8 @@ def walk(
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision=shape.products)
         s, _ = scores.tile(products, query, key, query_head, place, rule, MASKED, shape, MASK_RULE)
         m_new = tl.maximum(m, tl.max(s, 1) * rule.unit)
-        shift = m_new
-        if MASKED:
-            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        # Nothing was seen yet, or scores have overflowed to -inf.
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2(s * rule.unit - shift[:, None])
         rescale = tl.exp2(m - shift)
         l = l * rescale + tl.sum(p, 1)
