@@ -9,10 +9,10 @@ from attn_reference.problem import Problem
 from attnproof.cases import all_cases
 from attnproof.order import kernel_key
 
-PLAIN = Problem(heads_q=2, seqlen_q=65, head_dim=64)
+PLAIN = Problem(batch=2, heads_q=4, heads_kv=2, seqlen_q=65, head_dim=64)
 OF_NUMBERS: list[dict[str, Any]] = [
-    {"seqlen_q": 129},
-    {"seqlen_k": 300},
+    {"seqlen_q": 33},
+    {"seqlen_k": 100},
     {"batch": 3},
     {"scale": 0.5},
     {"seed": 7},
@@ -28,7 +28,10 @@ OF_THE_KERNEL: list[dict[str, Any]] = [
     {"mask": "random"},
     {"gradients": ("q",)},
     {"heads_kv": 1},
+    {"batch": 1},
     {"seqlen_q": 1},
+    {"seqlen_q": 129},
+    {"seqlen_k": 129},
     {"layouts": (("q", "bshd"),)},
 ]
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from attn_reference.problem import Problem
 
+BLOCK = 128  # of FlexAttention's block masks
+
 
 def kernel_key(problem: Problem) -> tuple[object, ...]:
-    """What decides which kernel is compiled: not lengths and numbers, but what there is."""
+    """What decides which kernel is compiled: what there is, and sizes only where they
+    are 1 or within one block."""
     left, right = problem.window or (None, None)
     return (
         problem.dtype,
@@ -30,6 +33,12 @@ def kernel_key(problem: Problem) -> tuple[object, ...]:
         problem.key_lengths is not None,
         problem.page_size or 0,
         problem.group > 1,
+        # Sizes of 1 are compiled in, by torch.compile and by Triton. A block mask counts blocks.
+        problem.batch == 1,
+        problem.heads_q == 1,
+        problem.heads_kv == 1,
         problem.seqlen_q == 1,
+        problem.seqlen_q <= BLOCK,
+        problem.keys <= BLOCK,
         problem.layouts,  # of which a compiler learns what is aligned
     )
