@@ -24,6 +24,7 @@ from attn_reference.problem import Problem
 from attnproof.budget.expectation import expectation
 from attnproof.budget.expected import Expected, compare
 from attnproof.inputs.make import make_inputs, make_keep_mask
+from attnproof.judge.statistics import statistics
 
 FEATURES = (
     "b2_h2x2_q17_k33_d16_{}_causal=top-left_grad=q,k,v",
@@ -88,6 +89,20 @@ def test_the_value_is_that_of_the_reference(text: str) -> None:
 def test_the_reference_in_low_precision_conforms(text: str, profile: str, dtype: str) -> None:
     problem, inputs = case(text.format(dtype))
     precision = PROFILES[profile]
+    expected = expectation(problem, inputs, precision)
+    for name, actual in answers(problem, inputs, precision).items():
+        comparison = compare(expected[name], actual)
+        assert comparison.conforms, (name, comparison.worst)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dropout", [0.05, 0.25, 0.9])
+@pytest.mark.parametrize("spread", ["", "_dist=normal:4", "_dist=tiny"])
+def test_a_kernel_that_drops_a_stored_p_conforms(spread: str, dropout: float, dtype: str) -> None:
+    problem, inputs = case(
+        f"b1_h2x2_q20_k40_d16_{dtype}_dropout={dropout}_sinks_grad=q,k,v,sinks_dlse{spread}"
+    )
+    precision = replace(FLASH, drops_stored_probabilities=True)
     expected = expectation(problem, inputs, precision)
     for name, actual in answers(problem, inputs, precision).items():
         comparison = compare(expected[name], actual)
@@ -403,6 +418,21 @@ def test_the_worst_ratio() -> None:
     comparison = compare(whole(1.0, torch.float32, 0.5), torch.tensor([2.0]))
     assert comparison.worst == pytest.approx(2.0)
     assert compare(whole(1.0, torch.float32, 0.5), torch.tensor([torch.nan])).worst == torch.inf
+
+
+@pytest.mark.parametrize("dropout", [0.05, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_dropout_of_a_stored_p_must_be_declared(dtype: str, dropout: float) -> None:
+    """Two more roundings of P show in the statistics, unless 1 / (1 - p) is a power of two."""
+    problem, inputs = case(f"b1_h4x4_q128_k128_d64_{dtype}_dropout={dropout}")
+    declared = replace(FLASH, drops_stored_probabilities=True)
+    out = attention(inputs, problem, declared).out
+    worst = {
+        precision: max(s.ratio for s in statistics(expectation(problem, inputs, p)["out"], out))
+        for precision, p in (("plain", FLASH), ("declared", declared))
+    }
+    assert worst["declared"] < 1
+    assert (worst["plain"] > 1) == (dropout != 0.5)
 
 
 def with_p_in_16_bits(problem: Problem, inputs: Inputs) -> Tensor:

@@ -46,6 +46,16 @@ def cpu_eager_precision() -> Precision:
 
 
 def cuda_efficient_precision() -> Precision:
-    """torch's memory-efficient kernel on CUDA: its backward forms dS from the P that it stored, in
-    the dtype of the inputs, for dV (kernel_backward.h, "dSij = (dPij - Di) * Pij")."""
-    return replace(FLASH, name="torch-cuda-efficient", gradient_probabilities=INPUT)
+    """torch's memory-efficient kernel on CUDA.
+
+    Its backward forms dS from the P that it stored, in the dtype of the inputs, for dV
+    (kernel_backward.h, "dSij = (dPij - Di) * Pij"). Dropout multiplies the tile of P in shared
+    memory by 1 / (1 - p), both in that dtype: si *= static_cast<scalar_t>(dropout_scale * …) in
+    kernel_forward.h, Zij in kernel_backward.h.
+    """
+    return replace(
+        FLASH,
+        name="torch-cuda-efficient",
+        gradient_probabilities=INPUT,
+        drops_stored_probabilities=True,
+    )

@@ -93,6 +93,42 @@ def test_unfused_gradients_have_one_p(precision, random_inputs):
     assert torch.equal(one, other) == (precision is EAGER)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_dropout_of_a_stored_p(dtype, random_inputs):
+    """As declared: P, the factor and their product are rounded, for out and for dV alone."""
+    problem = ONE_HEAD.replace(dtype=dtype, seqlen_q=64, scale=1.0, dropout=0.3)
+    inputs = random_inputs(problem)
+    declared = dataclasses.replace(FLASH, drops_stored_probabilities=True)
+    found, plain = (attention(inputs, problem, one).out for one in (declared, FLASH))
+    mine, other = (gradients(inputs, problem, one).tensors() for one in (declared, FLASH))
+
+    def stored(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(problem.torch_dtype).float()
+
+    q, k, v, grad_out = (t[0, 0].float() for t in (inputs.q, inputs.k, inputs.v, inputs.grad_out))
+    scores = q @ k.T
+    factor = stored(torch.tensor(1 / 0.7)) * inputs.keep_mask[0, 0]
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    out = stored(stored(stored(weights) * factor) @ v / weights.sum(-1, keepdim=True))
+    dv = stored(stored(stored(torch.softmax(scores, -1)) * factor).T @ grad_out)
+    for name, one, by_default, expected in (
+        ("out", found, plain, out),
+        ("dv", mine["v"], other["v"], dv),
+    ):
+        assert (one[0, 0] == expected).float().mean() > 0.9, name
+        assert (by_default[0, 0] == expected).float().mean() < 0.9, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dropout_of_a_stored_p_that_rounds_nothing(dropout, random_inputs):
+    """Without dropout, or with a factor that is a power of two, nothing else is computed."""
+    problem = ONE_HEAD.replace(dtype="bf16", dropout=dropout)
+    inputs = random_inputs(problem)
+    declared = dataclasses.replace(FLASH, drops_stored_probabilities=True)
+    one, other = (attention(inputs, problem, p).out for p in (declared, FLASH))
+    assert torch.equal(one, other)
+
+
 def eager_step_by_step(inputs: Inputs, problem: Problem) -> dict[str, torch.Tensor]:
     """Unfused attention of one head, written out: every matrix is stored in 16 bits."""
 

@@ -96,9 +96,8 @@ def backward_chunk(head: KeyHead, f: Forward, units: Units) -> Backward:
         p_terms={
             "scores": dropped(f, recomputed),
             "P rounding": dropped(f, rounded * (soft.p + recomputed)),
-            "underflow of P": dropped(
-                f, _underflow(soft.p, recomputed, visible, units.eta_p, units.normal_p)
-            ),
+            "underflow of P": units.p_underflows
+            * dropped(f, _underflow(soft.p, recomputed, visible, units.eta_p, units.normal_p)),
         },
         g=g,
         g_terms={**g_terms, "dS rounding": stored * (g.abs() + g_error) + units.eta_p * visible},
@@ -138,7 +137,7 @@ def _delta_error(
     error = (
         torch.minimum(moved / soft.floor, largest + delta.abs())
         + rounded * torch.minimum((upper * size).sum(-1), largest)
-        + (f.underflow * size).sum(-1)
+        + units.p_underflows * (f.underflow * size).sum(-1)
         + units.gamma(head.v.shape[-1], 2) * (grad_out.abs() * f.out.abs()).sum(-1)
     )
     if units.unfused:

@@ -135,8 +135,8 @@ def _underflow(soft: Softmax, chunk: ChunkScores, units: Units) -> Tensor:
 def _underflow_sum(f: Forward, size: Tensor, units: Units) -> Tensor:
     """Σ of those errors times |V|, (G, R, Dv)."""
     if units.eta_p > _TINY:
-        return dropped(f, f.underflow) @ size
-    total = units.keep * f.underflow.sum(-1)
+        return units.p_underflows * dropped(f, f.underflow) @ size
+    total = units.p_underflows * units.keep * f.underflow.sum(-1)
     return total[..., None] * _largest(size)
 
 
@@ -184,7 +184,7 @@ def _spread(f: Forward, head: KeyHead, units: Units) -> None:
     square = v.square()
     p2 = dropped(f, soft.p).square()
     noise = ROUNDING_VARIANCE * units.p_roundings * units.u_p**2 * p2
-    noise = noise + dropped(f, f.underflow).square()
+    noise = noise + units.p_underflows * dropped(f, f.underflow).square()
     by_key = noise @ square
     if units.unfused:
         variance = f.errors.variance

@@ -102,8 +102,11 @@ class Units:
         softcap = problem.softcap > 0
         self.scale = abs(problem.softmax_scale)
         self.keep = 1 / (1 - problem.dropout)
-        # Unfused: P is stored, and stored again after dropout, whose factor is rounded too.
-        self.p_roundings = 3 if self.unfused and dropout else 1
+        # Unfused: P is stored, and stored again after dropout, whose factor is rounded too. Some
+        # fused kernels do the same where they keep a tile of P.
+        drops_stored = self.unfused or precision.drops_stored_probabilities
+        self.p_roundings = 3 if drops_stored and dropout else 1
+        self.p_underflows = 2 if drops_stored and dropout else 1  # of P, and of the product
         self.dp_roundings = 3 if self.unfused and dropout else 1
         # Unfused: dS, then its scaling, and the three steps of the softcap are stored.
         self.ds_roundings = (2 + 3 * softcap) if self.unfused else 1

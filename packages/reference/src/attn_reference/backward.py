@@ -143,7 +143,7 @@ def _chunk(head: KeyHead, rows: slice, result: Attention, totals: _Totals) -> tu
     dropped = p  # the operand of dV
     kept = head.kept(rows)
     if kept is not None:
-        dropped = p * kept / (1 - problem.dropout)
+        dropped = rounding.dropped(p, kept, problem.dropout)
         dp = dp * kept / (1 - problem.dropout)
     if not rounding.unfused:  # else dS is formed from the P that was stored
         p = rounding.keep(p, "gradient_probabilities")

@@ -50,7 +50,7 @@ def _chunk(head: KeyHead, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         weights = rounding.keep(weights / row_sum[..., None], "probabilities")
     kept = head.kept(rows)
     if kept is not None:
-        weights = weights * kept / (1 - dropout)
+        weights = rounding.dropped(weights, kept, dropout)
     weights = rounding.keep(weights, "probabilities")
     nothing = weights.new_zeros((*weights.shape[:2], head.v.shape[-1]))
     out = rounding.add_product(nothing, weights, head.v, "accumulate_out")

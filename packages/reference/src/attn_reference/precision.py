@@ -32,6 +32,8 @@ class Precision:
     probabilities: str = INPUT  # dtype of P and dS as operands of the second product
     # dtype of the P that dS = P (dP - Delta) is formed from; unfused attention has one P alone.
     gradient_probabilities: str = "fp32"
+    # A fused kernel drops P as stored: P, 1 / (1 - dropout) and their product are each rounded.
+    drops_stored_probabilities: bool = False
     accumulate_out: str = "fp32"
     accumulate_dq: str = "fp32"
     accumulate_dk: str = "fp32"

@@ -87,6 +87,14 @@ class Rounding:
             tensor = torch.where(tensor.abs() < SMALLEST_NORMAL_FP32, 0.0, tensor)
         return tensor
 
+    def dropped(self, p: Tensor, kept: Tensor, dropout: float) -> Tensor:
+        """What dropout makes of P for the second product, before that is rounded."""
+        stored = self._precision is not None and self._precision.drops_stored_probabilities
+        if self.unfused or not stored:
+            return p * kept / (1 - dropout)
+        factor = torch.full_like(p, 1 / (1 - dropout))
+        return self.keep(p, "probabilities") * self.keep(factor, "probabilities") * kept
+
     def operand(self, tensor: Tensor) -> Tensor:
         """An input as an operand of a product, in dtype ``compute``."""
         return self.keep(tensor.to(self.compute), "products")
