@@ -12,7 +12,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attnproof import deviations
 from attnproof.cases import all_cases
-from attnproof.deviations import Deviations, DeviationsError, load_deviations, read_deviations
+from attnproof.deviations import (
+    Deviation,
+    Deviations,
+    DeviationsError,
+    load_deviations,
+    read_deviations,
+)
 from attnproof.verdict import Status
 
 HEAD = 'targets = ["mine", "package:attention"]\n'
@@ -51,6 +57,13 @@ def test_patterns_fit_whole_ids(tmp_path: Path) -> None:
     assert found.match("more/big/grid/b70_x") is None
 
 
+def test_what_is_excepted_is_not_met(tmp_path: Path) -> None:
+    found = load(tmp_path, WINDOW + 'except = ["*_k1_*", "*_d8_*"]\n')
+    assert found.match("masks/window/b1_h1x1_q8_k8_d16_fp16_window=2,0")
+    assert found.match("masks/window/b1_h1x1_q8_k1_d16_fp16_window=2,0") is None
+    assert found.match("masks/window/b1_h1x1_q8_k8_d8_fp16_window=2,0") is None
+
+
 def test_entries_that_met_no_case_are_reported(tmp_path: Path) -> None:
     found = load(tmp_path, WINDOW + CRASH)
     assert [entry.proof for entry in found.unmatched()] == ["https://example.org/1", "run it"]
@@ -79,6 +92,23 @@ def test_a_deviation_explains_only_the_verdict_that_it_names(
 ) -> None:
     found = load(tmp_path, WINDOW + CRASH)
     assert (found.observe(case_id, status) is not None) == explained
+
+
+def test_of_several_that_fit_the_one_that_names_the_verdict_explains(tmp_path: Path) -> None:
+    crash = CRASH.replace("big/offsets/*", "masks/window/*")
+    found = load(tmp_path, WINDOW + "always = false\n" + crash)
+    for status, reason in (
+        (Status.DEVIATES, "the window is one key too wide in fp16"),
+        (Status.CRASHED, "the launch fails"),
+    ):
+        entry = found.observe("masks/window/a_fp16", status)
+        assert entry is not None
+        assert entry.reason == reason
+    assert found.observe("masks/window/a_fp16", Status.TIMED_OUT) is None
+    assert found.complaints() == []
+    found.observe("masks/window/a_fp16", Status.CONFORMS)
+    assert len(found.complaints()) == 1
+    assert "no longer deviates: the launch fails" in found.complaints()[0]
 
 
 def test_a_case_that_conforms_after_all_is_reported(tmp_path: Path) -> None:
@@ -155,6 +185,11 @@ def test_the_files_that_ship_can_be_read() -> None:
         assert targets
 
 
+def met(entry: Deviation, shipped: list[str]) -> list[str]:
+    """The ids that the patterns of an entry fit, those excepted included."""
+    return [i for i in shipped if any(fnmatchcase(i, pattern) for pattern in entry.cases)]
+
+
 @pytest.mark.parametrize(
     "path", sorted(Path(deviations.__file__).parent.glob("*.toml")), ids=lambda path: path.stem
 )
@@ -169,6 +204,13 @@ def test_every_pattern_that_ships_fits_a_case(path: Path) -> None:
             if not any(fnmatchcase(case_id, pattern) for case_id in shipped)
         ]
         assert idle == []
+        needless = [
+            pattern
+            for entry in entries
+            for pattern in entry.excepted
+            if not any(fnmatchcase(case_id, pattern) for case_id in met(entry, shipped))
+        ]
+        assert needless == []
 
 
 def test_the_proof_of_torchs_causal_nan() -> None:
@@ -215,6 +257,7 @@ def test_torchs_causal_nan_is_known_where_it_is_met() -> None:
         (HEAD + WINDOW.replace("https://example.org/1", " "), "deviation 1: proof is ' '"),
         (HEAD + WINDOW + "verdict = 'conforms'", "verdict='conforms': accepted are deviates, cra"),
         (HEAD + WINDOW + "device = 'tpu'", "device='tpu': accepted are cpu, cuda"),
+        (HEAD + WINDOW + "except = []", "except is []; accepted is a text"),
         (HEAD + WINDOW + "always = 1", "always=1: accepted are true, false"),
         (HEAD + WINDOW + "torch = '2.5'", "torch='2.5': accepted are bounds such as '>=2.5,<2.14'"),
         (HEAD + WINDOW + "torch = 2.5", "torch=2.5: accepted are bounds"),

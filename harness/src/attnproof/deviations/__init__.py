@@ -7,6 +7,7 @@ they are written on the command line, and lists what deviates:
 
     [[deviation]]
     cases = "masks/window/*fp16*"       # case ids, * and ? match anything; or a list
+    except = "*_k1_*"                   # optional: but not these, in the same form
     reason = "the window is one key too wide in fp16"
     proof = "https://…"                 # where it is shown, or how to see it
     verdict = "deviates"                # optional: deviates (default), crashed or timed out

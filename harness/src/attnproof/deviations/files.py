@@ -15,7 +15,7 @@ from ..verdict import Status
 from .known import Deviation, Deviations
 
 REQUIRED = ("cases", "reason", "proof")
-OPTIONAL = ("verdict", "torch", "device", "always")
+OPTIONAL = ("except", "verdict", "torch", "device", "always")
 VERDICTS = (Status.DEVIATES, Status.CRASHED, Status.TIMED_OUT)
 DEVICES = ("cpu", "cuda")
 COMPARE: Mapping[str, Callable[[TorchVersion, str], bool]] = {
@@ -92,6 +92,7 @@ def _entry(values: dict[str, Any], where: str) -> Deviation:
             )
     return Deviation(
         cases=tuple(_texts(values, "cases", where)),
+        excepted=tuple(_texts(values, "except", where)) if "except" in values else (),
         reason=_text(values, "reason", where),
         proof=_text(values, "proof", where),
         verdict=Status(verdict),

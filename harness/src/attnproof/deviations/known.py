@@ -16,12 +16,15 @@ class Deviation:
     cases: tuple[str, ...]  # patterns of case ids
     reason: str
     proof: str
+    excepted: tuple[str, ...] = ()  # patterns of case ids that it is not about
     verdict: Status = Status.DEVIATES
     always: bool = True  # not: it depends on chance, or on what ran before in the same process
     source: str = ""  # file and entry
 
     def matches(self, case_id: str) -> bool:
-        """Whether a pattern fits the whole id."""
+        """Whether a pattern fits the whole id, and none of those excepted does."""
+        if any(fnmatchcase(case_id, pattern) for pattern in self.excepted):
+            return False
         return any(fnmatchcase(case_id, pattern) for pattern in self.cases)
 
     def __str__(self) -> str:
@@ -37,23 +40,25 @@ class Deviations:
     _conforming: dict[str, Deviation] = field(default_factory=dict, init=False)
 
     def match(self, case_id: str) -> Deviation | None:
-        """The first deviation whose pattern fits a case of this run, or None."""
-        for entry in self.entries:
-            if entry.matches(case_id):
-                self._matched.add(entry)
-                return entry
-        return None
+        """The first deviation that is about a case of this run, or None."""
+        return next(iter(self._all(case_id)), None)
+
+    def _all(self, case_id: str) -> list[Deviation]:
+        found = [entry for entry in self.entries if entry.matches(case_id)]
+        self._matched.update(found)
+        return found
 
     def observe(self, case_id: str, status: Status) -> Deviation | None:
         """The deviation that explains how this case ended; None when nothing does.
 
         A known deviation explains only the verdict that it names: a crash is not explained
-        by a deviation.
+        by a deviation. Of several about a case the first that names its verdict does.
         """
-        entry = self.match(case_id)
-        if entry is not None and entry.always and status is Status.CONFORMS:
-            self._conforming[case_id] = entry
-        return entry if entry is not None and status is entry.verdict else None
+        found = self._all(case_id)
+        expected = next((entry for entry in found if entry.always), None)
+        if expected is not None and status is Status.CONFORMS:
+            self._conforming[case_id] = expected
+        return next((entry for entry in found if entry.verdict is status), None)
 
     def unmatched(self) -> list[Deviation]:
         """The deviations that no case of the run has met."""
