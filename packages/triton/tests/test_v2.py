@@ -321,10 +321,12 @@ def test_strides_of_vectors(form, name, sq, device):
 
 @pytest.mark.parametrize("name", ["sinks", "alibi_slopes", "key_lengths"])
 def test_vectors_that_broadcast(name, device):
-    vector = rand(1).expand(HQ)
-    if name == "key_lengths":
-        vector = torch.tensor([53], dtype=torch.int32).expand(B)
+    vector, n = (
+        (torch.tensor([53], dtype=torch.int32), B) if name == "key_lengths" else (rand(1), HQ)
+    )
+    # Expanded where it is used: a copy to another device is dense.
     given = arguments(device, **qkv(), **{name: vector})
+    given[name] = given[name].expand(n)
     assert given[name].stride() == (0,)
     dense.check(attention, given)
 
