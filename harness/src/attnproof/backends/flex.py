@@ -4,14 +4,16 @@ A score_mod holds what changes a score (softcap, bias, ALiBi), a mask_mod what h
 (causality, window, lengths, packed sequences, the boolean mask). Both are written with indices
 alone, so that the kernel for which they are compiled, and torch's own uncompiled function,
 compute the same. Sizes are dynamic, and the numbers of the rules are tensors: a kernel is compiled
-for each dtype, head dimension and set of rules, not for each problem.
+for each dtype, head dimension and set of rules, not for each problem. In fp32 torch's own choice
+of tiles takes up to minutes to compile (products without tensor cores are unrolled); smaller ones
+are asked for, which changes nothing but the tiling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from ..signatures.common import FunctionBackend
 from .positions import without_padding
 
 SMALLEST_HEAD_DIM = 16  # Triton's dot takes no less
+DECODING = 128  # queries from which on torch takes no kernel for decoding
 GRAPHS = 1 << 14  # more than any run compiles; beyond its limit Dynamo gives up
 TANH_ERROR = 2.0**-22  # of CUDA's library, relative, as measured for the Triton backend
 
@@ -76,11 +79,22 @@ def compiled(inputs: Inputs, problem: Problem) -> Attention:
             # A run has a process for each core: none of them needs a pool of its own.
             torch._inductor.config.patch(compile_threads=1),
         ):
-            return attention(_compiled_function(), inputs, problem)
+            function = partial(_compiled_function(), kernel_options=tiles(problem))
+            return attention(function, inputs, problem)
     except RuntimeError as error:
         if "out of resource" not in str(error):
             raise
         raise NotImplementedError(f"no kernel of torch fits this GPU: {error}") from error
+
+
+def tiles(problem: Problem) -> dict[str, int] | None:
+    """The tiles of the kernels, as ``kernel_options`` names them; None leaves them to torch."""
+    if problem.dtype != "fp32":
+        return None
+    backward = dict.fromkeys(("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), 32)
+    if problem.seqlen_q < DECODING:  # the kernel for decoding has all queries in one tile
+        return {"BLOCK_N": 16} | backward
+    return {"BLOCK_M": 32, "BLOCK_N": 16} | backward
 
 
 def score_mod(inputs: Inputs, problem: Problem, diagonal: Diagonal) -> ScoreMod | None:

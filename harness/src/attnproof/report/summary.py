@@ -279,6 +279,7 @@ def _case(record: CaseRecord) -> dict[str, Any]:
         "verdict": record.status,
         "worst": _text(worst_of(record)),
         "worst_by_tensor": {n: _text(_number(v)) for n, v in verdict.get("worst", {}).items()},
+        "statistics": {n: _text(_number(v)) for n, v in verdict.get("statistics", {}).items()},
         "reason": verdict.get("reason", ""),
         "looks_like": list(verdict.get("looks_like", ())),
         "conforms_under": verdict.get("conforms_under"),
