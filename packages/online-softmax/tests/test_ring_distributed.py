@@ -200,6 +200,28 @@ def test_what_goes_along_is_looked_at_too(three: Team, why: str) -> None:
     assert all(re.search(said, answer) for answer in answers)
 
 
+REGROUPED = """
+import torch
+import torch.distributed as dist
+
+def work(rank):
+    one = torch.ones(1)
+    dist.all_reduce(one, group=dist.new_group(backend="gloo"))
+    return one.item()
+"""
+
+
+def test_ranks_can_make_further_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those do that talk over NCCL: they meet again in the store of the first group."""
+    (tmp_path / "regrouped.py").write_text(REGROUPED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    team = Team(2, "regrouped:work")
+    try:
+        assert team.run([{"rank": rank} for rank in range(2)], seconds=60) == [2.0, 2.0]
+    finally:
+        team.close()
+
+
 def test_without_a_process_group_it_says_what_is_missing() -> None:
     with pytest.raises(ValueError, match="init_process_group"):
         ring_attention(Q, Q, Q)

@@ -410,7 +410,6 @@ def _serve(rank: int, ranks: int, connection: Connection, folder: str, entry: st
         limit = timedelta(seconds=JOB_SECONDS)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
         dist.barrier()
-        shutil.rmtree(folder, ignore_errors=True)  # all have met: nothing is left behind if killed
     except Exception as error:
         connection.send((False, _text(error)))
         return
