@@ -453,3 +453,40 @@ def test_gradients_formed_from_a_stored_p_must_be_declared() -> None:
     declared = replace(FLASH, gradient_probabilities="input")
     assert not compare(expectation(problem, inputs, FLASH)["dk"], actual).conforms
     assert compare(expectation(problem, inputs, declared)["dk"], actual).conforms
+
+
+def test_gradients_may_underflow_where_they_are_stored() -> None:
+    """dV of the second key is e^-40 2^-100 = 2^-157.7, for which fp32 has nothing but 0."""
+    problem, inputs = case("b1_h1x1_q1_k2_d1_fp32_scale=1_grad=q,k,v")
+    assert inputs.grad_out is not None
+    inputs.q[:], inputs.grad_out[:] = 1.0, 2.0**-100
+    inputs.k[..., 0, :], inputs.k[..., 1, :] = 0.0, -40.0
+    expected, actual = expectation(problem, inputs, FLASH)["dv"], answers(problem, inputs, FLASH)
+    assert 0 < expected.value[..., 1, :].item() < 2.0**-150
+    assert actual["dv"][..., 1, :].item() == 0
+    assert compare(expected, actual["dv"]).conforms
+
+
+def test_shares_of_a_bias_may_underflow_where_they_are_stored() -> None:
+    problem, inputs = case("b2_h1x1_q1_k2_d1_fp32_bias=normal@11qk_grad=bias")
+    inputs.grad_out = torch.zeros_like(inputs.q)
+    terms = expectation(problem, inputs, FLASH, terms=True)["dbias"].terms
+    # Two shares; the gradient that is stored may be 2^-126 by the underflow of dS.
+    one = 2.0**-24 * 2.0**-126 + 2.0**-150
+    assert terms["16-bit sums and stores"].flatten().tolist() == pytest.approx([2 * one] * 2, abs=0)
+
+
+def test_a_recomputed_p_may_underflow_in_fp64() -> None:
+    """The P of the second key is e^-720, which is subnormal, and multiplied by 2^60."""
+    problem, inputs = case("b1_h1x1_q1_k2_d1_fp64_scale=1_grad=q,k,v")
+    assert inputs.grad_out is not None
+    inputs.q[:], inputs.grad_out[:] = 1.0, 2.0**60
+    inputs.k[..., 0, :], inputs.k[..., 1, :] = 0.0, -720.0
+    inputs.v[..., 0, :], inputs.v[..., 1, :] = 0.0, 1.0
+    expected = expectation(problem, inputs, FLASH)["dk"]
+    flushed = expected.value.clone()
+    flushed[..., 1, :] = 0.0
+    assert compare(expected, expected.value).conforms
+    assert compare(expected, flushed).conforms
+    flushed[..., 1, :] = 2.0**-900
+    assert not compare(expected, flushed).conforms

@@ -142,11 +142,15 @@ def test_a_kernel_that_dies_or_hangs_costs_one_problem(tmp_path: Path) -> None:
     assert len(lines(file)) == 3
 
 
-def test_the_figures_are_written_with_what_they_were_measured_on(tmp_path: Path) -> None:
+def test_the_figures_are_written_with_what_they_were_measured_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, written = tmp_path / "measured.jsonl", tmp_path / "figures.json"
     run = ["--kernel", "sdpa-math", "--dtype", "bf16", "--problems", "2", "--json", str(file)]
     assert main(run) == 0
+    capsys.readouterr()
     assert main(["--summary", str(file), "--write", str(written)]) == 0
+    said = capsys.readouterr().out
     figures = json.loads(written.read_text())
     (ran_on,) = figures["environments"]
     assert ran_on["versions"]["torch"] == torch.__version__
@@ -155,6 +159,43 @@ def test_the_figures_are_written_with_what_they_were_measured_on(tmp_path: Path)
     assert result["problems"] == {"conforms": 2}
     worst = max(m["worst"]["out"] for m in lines(file))  # type: ignore[index]
     assert result["worst_error_over_budget"]["out"] == pytest.approx(worst, abs=1e-3)
+    room = [m["room"]["dv"] for m in lines(file)]  # type: ignore[index]
+    for term, ratio in result["room"]["dv"].items():
+        most = max(terms[term] for terms in room if term in terms)
+        assert ratio == pytest.approx(most, abs=1e-3)
+    assert result["room"]["dv"].keys() == {term for terms in room for term in terms}
+    # The file gives the tables that the measurements give.
+    assert main(["--figures", str(written)]) == 0
+    assert capsys.readouterr().out == said
+    tables = said.strip().split("\n\n")
+    for name, table in zip(("worst", "room"), tables, strict=True):
+        assert main(["--figures", str(written), "--table", name]) == 0
+        assert capsys.readouterr().out.strip() == table
+
+
+def test_figures_of_several_instruction_sets_and_without_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = {"kernel": "k", "dtype": "bf16", "problems": {"conforms": 2, "deviates": 1, "raised": 1}}
+    one |= {"worst_error_over_budget": {"out": 0.25}, "worst_statistic_over_limit": {"z_row": 0.5}}
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps({"results": [one | {"on": "before"}]}))
+    rooms: list[dict[str, object]] = [
+        {"on": on, "room": {"lse": {"scores": 0.125}, "out": {"store": ratio}}}
+        for on, ratio in (("avx2", 0.5), ("avx512", 0.75))
+    ]
+    rooms[0]["largest_statistic"] = {"z_row": 1.5}
+    new.write_text(json.dumps({"results": [one | room for room in rooms]}))
+    assert main(["--figures", str(new), "--table", "room"]) == 1
+    table = capsys.readouterr().out.splitlines()
+    assert table[2:] == ["| k | out | store | 0.75 |", "| k | lse | scores | 0.12 |"]
+    assert main(["--figures", str(new), "--table", "worst"]) == 1
+    table = capsys.readouterr().out.splitlines()
+    assert table[2].startswith("| k | avx2 | bf16 | 3 | 1 | 0.25 | – |")
+    assert table[2].endswith("| 1.50 (0.50) | – | – |")
+    assert table[3].endswith("| – (0.50) | – | – |")
+    assert main(["--figures", str(old), "--table", "room"]) == 1
+    assert capsys.readouterr().out == "no room by term in the figures\n"
 
 
 def test_workers_give_the_same_measurements(tmp_path: Path) -> None:
@@ -172,6 +213,8 @@ def test_workers_give_the_same_measurements(tmp_path: Path) -> None:
         [],
         ["--kernel", "no-such-kernel"],
         ["--kernel", "sdpa-math", "--problem", "b1_what"],
+        ["--figures", "no-such-file"],
+        ["--figures", __file__],
     ],
 )
 def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

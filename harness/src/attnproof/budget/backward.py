@@ -67,7 +67,7 @@ def backward_chunk(head: KeyHead, f: Forward, units: Units) -> Backward:
     rho = soft.delta + soft.lse_error[..., None]
     rho = rho + 2 * units.u * (base.abs()[..., None] + f.chunk.raw.abs())
     recomputed = growth(soft.p, soft.log_p, rho.masked_fill(~visible, 0.0))
-    recomputed = recomputed + units.exp_underflow * visible
+    recomputed = recomputed + units.exp_underflow * visible.double()
     rounded = units.p_roundings * units.u_p + units.u_operand_p
     g_rounded = torch.zeros_like(soft.p)
     if units.unfused:  # dS is formed from the stored P, which is at most 1
@@ -100,7 +100,10 @@ def backward_chunk(head: KeyHead, f: Forward, units: Units) -> Backward:
             * dropped(f, _underflow(soft.p, recomputed, visible, units.eta_p, units.normal_p)),
         },
         g=g,
-        g_terms={**g_terms, "dS rounding": stored * (g.abs() + g_error) + units.eta_p * visible},
+        g_terms={
+            **g_terms,
+            "dS rounding": stored * (g.abs() + g_error) + units.eta_p * visible.double(),
+        },
         ds=ds,
         ds_terms=ds_terms,
         grad_out=grad_out,

@@ -63,7 +63,7 @@ def add_dbias(ledger: Ledger, head: KeyHead, f: Forward, b: Backward, units: Uni
     everything = math.prod((*output_shape(head.problem)[:3], key_count(head.problem)))
     shares = everything // max(1, ledger.value.numel())
     if shares > 1:  # each share of a broadcast bias is stored before the sum
-        terms[STORES] = units.u_out * reach + units.eta_out * seen
+        terms[STORES] = units.u_out * reach + units.eta_out * seen.double()
     terms["accumulation"] = units.gamma(shares, 8) * reach
     for name, term in terms.items():
         gathered = part(ledger.term(name))

@@ -57,7 +57,9 @@ class Ledger:
         name = NAMES[dtype]
         before = sum_of(self.terms) if self.terms else self._zeros()
         smallest = self.value.abs() - before
-        eta = max(UNDERFLOW[name], flush) * (smallest < 2 * SMALLEST_NORMAL[name])
+        # A bool times a number is in fp32, which has no 2^-150: 0 but for the conversion.
+        subnormal = (smallest < 2 * SMALLEST_NORMAL[name]).double()
+        eta = max(UNDERFLOW[name], flush) * subnormal
         self.term("store").add_(UNIT_ROUNDOFF[name] * (self.value.abs() + before) + eta)
         bound = sum_of(self.terms).nan_to_num(nan=torch.inf, posinf=torch.inf)
         # An infinite answer is compared exactly.

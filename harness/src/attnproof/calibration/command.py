@@ -2,6 +2,7 @@
 
     python -m attnproof.calibration --kernel sdpa-flash --problems 2000 --json FILE --workers 2
     python -m attnproof.calibration --summary FILE... --write golden/performance/calibration.json
+    python -m attnproof.calibration --figures golden/performance/calibration.json --table room
 
 FILE holds a JSON line for every problem, written as it is measured, after one that says on what;
 a second run with the same FILE goes on where the first one stopped. A process that dies or hangs
@@ -33,9 +34,10 @@ from ..targets import LoadError
 from .kernels import CUDA_KERNELS, Kernel, kernel
 from .measure import Measurement, instructions, measure
 from .problems import random_problem
-from .summary import record, summary
+from .summary import TABLES, record, summary
 
 DTYPES = ("fp32", "bf16", "fp16")
+WRONG = {"deviates", "crashed", "timed out"}
 Task = tuple[str, int]  # dtype, index
 
 
@@ -50,8 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = json.dumps(record(found, environments), indent=1, ensure_ascii=False)
             options.write.write_text(text + "\n", encoding="utf-8")
         return _status(found)
+    if options.figures is not None:
+        return _show(options.figures, options.table)
     if options.kernel is None:
-        print("--kernel is missing: name a kernel or a target, or --summary FILE", file=sys.stderr)
+        print(
+            "--kernel is missing: name a kernel or a target, or --summary or --figures FILE",
+            file=sys.stderr,
+        )
         return 2
     try:
         chosen = kernel(options.kernel, options.device)
@@ -104,7 +111,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--write", type=Path, metavar="FILE", help="with --summary: the figures as JSON"
     )
+    parser.add_argument(
+        "--figures", type=Path, nargs="+", metavar="FILE", help="print what --write wrote"
+    )
+    parser.add_argument("--table", choices=sorted(TABLES), help="with --figures: only this one")
     return parser
+
+
+def _show(paths: Sequence[Path], name: str | None) -> int:
+    """Print one table, or all, of files of figures; the status is that of their measurements."""
+    found: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            found += json.loads(path.read_text(encoding="utf-8"))["results"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"--figures {path}: not readable ({error})", file=sys.stderr)
+            return 2
+    tables = [TABLES[one](found) for one in ([name] if name else TABLES)]
+    print("\n\n".join(table or "no room by term in the figures" for table in tables))
+    return int(any(one["problems"].keys() & WRONG for one in found))
 
 
 def _read(path: Path) -> Iterator[Measurement]:
@@ -127,7 +152,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _status(measured: Iterable[Measurement]) -> int:
-    return int(any(m.status in ("deviates", "crashed", "timed out") for m in measured))
+    return int(any(m.status in WRONG for m in measured))
 
 
 def _carry_out(tasks: list[Task], options: argparse.Namespace) -> list[Measurement]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .measure import Measurement
@@ -14,90 +14,107 @@ STATISTICS = ("z_row", "z_max", "z_global")
 EXAMPLES = 5
 
 Group = tuple[str, str, str]
+Result = dict[str, Any]  # of one group, as the file holds it
 
 
-def summary(measured: Iterable[Measurement]) -> str:
+def summary(measured: Sequence[Measurement]) -> str:
     """Worst ratios by kernel, instruction set and dtype; room by term; examples of deviations."""
-    groups: dict[Group, list[Measurement]] = {}
-    for m in measured:
-        groups.setdefault((m.kernel, m.instructions, m.dtype), []).append(m)
-    if not groups:
+    if not measured:
         return "nothing was measured"
-    parts = [_worst(groups), _room(groups), _unusual(groups)]
+    found = results(measured)
+    parts = [*(table(found) for table in TABLES.values()), _unusual(_groups(measured))]
     return "\n\n".join(part for part in parts if part)
 
 
-def record(measured: Iterable[Measurement], environments: Sequence[Any]) -> dict[str, Any]:
+def record(measured: Sequence[Measurement], environments: Sequence[Any]) -> dict[str, Any]:
     """The same figures as plain values, with what they were measured on."""
-    groups: dict[Group, list[Measurement]] = {}
-    for m in measured:
-        groups.setdefault((m.kernel, m.instructions, m.dtype), []).append(m)
     distinct = {json.dumps(e, sort_keys=True): e for e in environments}
     return {
         "what": "share of the error budget that honest kernels use on random problems: "
         "python -m attnproof.calibration",
         "environments": list(distinct.values()),
-        "results": [
-            {
-                "kernel": kernel,
-                "on": on,
-                "dtype": dtype,
-                "problems": dict(sorted(Counter(m.status for m in found).items())),
-                "worst_error_over_budget": _maxima(TENSORS, [m.worst for m in found]),
-                "worst_statistic_over_limit": _maxima(STATISTICS, [m.statistics for m in found]),
-                "no_answer": {
-                    m.problem: f"{m.status}: {m.reason}"
-                    for m in found
-                    if m.status in ("crashed", "timed out")
-                },
-            }
-            for (kernel, on, dtype), found in sorted(groups.items())
-        ],
+        "results": results(measured),
     }
 
 
-def _maxima(names: Iterable[str], found: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {
-        name: round(max(values[name] for values in found if name in values), 3)
-        for name in names
-        if any(name in values for values in found)
-    }
+def results(measured: Iterable[Measurement]) -> list[Result]:
+    """The figures of each kernel, instruction set and dtype."""
+    return [
+        {
+            "kernel": kernel,
+            "on": on,
+            "dtype": dtype,
+            "problems": dict(sorted(Counter(m.status for m in found).items())),
+            "worst_error_over_budget": _maxima([m.worst for m in found], TENSORS),
+            "room": {
+                tensor: room
+                for tensor in TENSORS
+                if (room := _maxima([m.room.get(tensor, {}) for m in found]))
+            },
+            "largest_statistic": _maxima([m.values for m in found], STATISTICS),
+            "worst_statistic_over_limit": _maxima([m.statistics for m in found], STATISTICS),
+            "no_answer": {
+                m.problem: f"{m.status}: {m.reason}"
+                for m in found
+                if m.status in ("crashed", "timed out")
+            },
+        }
+        for (kernel, on, dtype), found in sorted(_groups(measured).items())
+    ]
 
 
-def _worst(groups: dict[Group, list[Measurement]]) -> str:
+def _groups(measured: Iterable[Measurement]) -> dict[Group, list[Measurement]]:
+    groups: dict[Group, list[Measurement]] = {}
+    for m in measured:
+        groups.setdefault((m.kernel, m.instructions, m.dtype), []).append(m)
+    return groups
+
+
+def _maxima(
+    found: Iterable[Mapping[str, float]], names: Iterable[str] | None = None
+) -> dict[str, float]:
+    """The largest value of each name, in the order of ``names``, or else of the alphabet."""
+    largest: dict[str, float] = {}
+    for values in found:
+        for name, value in values.items():
+            largest[name] = max(largest.get(name, value), value)
+    order = sorted(largest) if names is None else names
+    return {name: round(largest[name], 3) for name in order if name in largest}
+
+
+def _worst(found: Sequence[Result]) -> str:
     head = ["kernel", "on", "dtype", "problems", "deviate", *TENSORS]
     head += [f"{name} (of limit)" for name in STATISTICS]
     rows = []
-    for (kernel, on, dtype), found in sorted(groups.items()):
-        judged = [m for m in found if m.status in ("conforms", "deviates")]
-        deviating = sum(m.status == "deviates" for m in judged)
-        row = [kernel, on, dtype, str(len(judged)), str(deviating)]
-        row += [_largest(judged, lambda m, name=name: m.worst.get(name)) for name in TENSORS]  # type: ignore[misc]
+    for one in found:
+        deviating = one["problems"].get("deviates", 0)
+        judged = one["problems"].get("conforms", 0) + deviating
+        row = [one["kernel"], one["on"], one["dtype"], str(judged), str(deviating)]
+        row += [_shown(one["worst_error_over_budget"].get(name)) for name in TENSORS]
         for name in STATISTICS:
-            value = _largest(judged, lambda m, name=name: m.values.get(name))  # type: ignore[misc]
-            share = _largest(judged, lambda m, name=name: m.statistics.get(name))  # type: ignore[misc]
-            row.append(f"{value} ({share})" if value != "–" else "–")
+            share = _shown(one["worst_statistic_over_limit"].get(name))
+            value = _shown(one.get("largest_statistic", {}).get(name))
+            row.append("–" if share == "–" else f"{value} ({share})")
         rows.append(row)
     return _table(head, rows)
 
 
-def _room(groups: dict[Group, list[Measurement]]) -> str:
-    """By tensor and term: the largest ratio where the term gives at least half of the bound."""
-    dtypes = sorted({dtype for _, _, dtype in groups})
-    found: dict[tuple[str, str, str, str], float] = {}
-    for (kernel, _, dtype), group in groups.items():
-        for m in group:
-            for tensor, terms in m.room.items():
-                for term, ratio in terms.items():
-                    key = (kernel, tensor, term, dtype)
-                    found[key] = max(found.get(key, 0.0), ratio)
-    rows = []
-    for kernel, tensor, term in sorted(
-        {key[:3] for key in found}, key=lambda k: (k[0], TENSORS.index(k[1]), k[2])
-    ):
-        ratios = [found.get((kernel, tensor, term, dtype)) for dtype in dtypes]
-        rows.append([kernel, tensor, term, *("–" if r is None else f"{r:.2f}" for r in ratios)])
+def _room(found: Sequence[Result]) -> str:
+    """By tensor and term: the largest ratio where the term gives at least half of the bound, over
+    all instruction sets. Files from before this was kept have none."""
+    largest: dict[tuple[str, str, str], dict[str, float]] = {}
+    for one in found:
+        for tensor, terms in one.get("room", {}).items():
+            for term, ratio in terms.items():
+                row = largest.setdefault((one["kernel"], tensor, term), {})
+                row[one["dtype"]] = max(row.get(one["dtype"], ratio), ratio)
+    dtypes = sorted({dtype for row in largest.values() for dtype in row})
+    order = sorted(largest, key=lambda k: (k[0], TENSORS.index(k[1]), k[2]))
+    rows = [[*key, *(_shown(largest[key].get(dtype)) for dtype in dtypes)] for key in order]
     return _table(["kernel", "tensor", "dominating term", *dtypes], rows) if rows else ""
+
+
+TABLES: dict[str, Callable[[Sequence[Result]], str]] = {"worst": _worst, "room": _room}
 
 
 def _unusual(groups: dict[Group, list[Measurement]]) -> str:
@@ -114,9 +131,8 @@ def _unusual(groups: dict[Group, list[Measurement]]) -> str:
     return "\n".join(lines)
 
 
-def _largest(found: Sequence[Measurement], of: Callable[[Measurement], float | None]) -> str:
-    values = [value for m in found if (value := of(m)) is not None]
-    return f"{max(values):.2f}" if values else "–"
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
