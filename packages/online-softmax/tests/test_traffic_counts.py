@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 
-from online_softmax.closed_forms import formula, tiles
+from online_softmax.accesses import LOADS, SAVED, STORES, TOTALS, main, value
+from online_softmax.closed_forms import formula, symbols, tiles
 from online_softmax.matmul import tiled_matmul
 from online_softmax.memory import Memory
 from online_softmax.traffic import (
@@ -45,6 +50,81 @@ def test_counts_are_the_closed_forms(
         assert replace(counted, lines=()) == formula(name, load, backward)
 
 
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_sums_over_tiles_without_causality(lengths: tuple[int, int]) -> None:
+    n, m = lengths
+    load = Workload(seqlen_q=n, seqlen_k=m, head_dim=8, block_q=12, block_k=20)
+    numbers = symbols("tiled-v2", load)
+    assert (numbers["R"], numbers["C"]) == (n * math.ceil(m / 20), m * math.ceil(n / 12))
+    assert numbers["p"] == math.ceil(m / (math.ceil(m / (4 * 20)) * 20))
+
+
+def test_formulas_are_evaluated() -> None:
+    numbers = {"N": 2, "d": 3, "M": 8}
+    assert value("N²d²/M + 4Nd - 5", numbers) == Fraction(36, 8) + 24 - 5
+    assert value("12N²d", numbers) == 144
+    with pytest.raises(KeyError, match="L"):
+        value("NL", numbers)
+    for wrong in ("N(d + 1)", "N + ", "Nd + Σ"):
+        with pytest.raises(ValueError, match="no formula"):
+            value(wrong, numbers)
+
+
+# N a multiple of a block of B = M / 4d rows and keys, M at most 16 d².
+@pytest.mark.parametrize(
+    ("n", "d", "block"), [(96, 16, 16), (128, 16, 64), (64, 8, 8), (24, 8, 24)]
+)
+@pytest.mark.parametrize(("name", "backward"), PASSES)
+def test_totals_in_terms_of_the_size_of_the_chip(
+    name: str, backward: bool, n: int, d: int, block: int
+) -> None:
+    on_chip = 4 * d * block
+    assert block_for(d, on_chip) == block
+    load = Workload(seqlen_q=n, seqlen_k=n, head_dim=d, block_q=block, block_k=block)
+    if name in PER_ROW:
+        load = replace(load, seqlen_q=n // 4, seqlen_k=n // 4)
+    counted = count(name, load, backward, "cpu" if name in PER_ROW else "meta")
+    numbers = symbols(name, load) | {"M": on_chip}
+    elements = sum(counted.loads.values()) + sum(counted.stores.values())
+    assert value(TOTALS[name, backward], numbers) == elements
+
+
+@pytest.mark.parametrize(("n", "d", "block"), [(96, 16, 16), (128, 16, 64), (256, 64, 32)])
+def test_what_v2_saves(n: int, d: int, block: int) -> None:
+    load = Workload(seqlen_q=n, seqlen_k=n, head_dim=d, block_q=block, block_k=block)
+    v1, v2 = count("tiled-v1", load, device="meta"), count("tiled-v2", load, device="meta")
+    saved = sum(v1.other.values()) - sum(v2.other.values())
+    assert value(SAVED, symbols("tiled-v2", load)) == saved
+
+
+def test_every_pass_has_its_formulas() -> None:
+    assert LOADS.keys() == STORES.keys() == TOTALS.keys() == set(PASSES)
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "online-softmax.md"
+SHOWN = re.compile(
+    r"<!-- output of: python -m online_softmax.accesses (.+?) -->\n\n(.+?)\n\n<!--", re.DOTALL
+)
+
+
+def test_the_page_shows_the_formulas(capsys: pytest.CaptureFixture[str]) -> None:
+    page = PAGE.read_text("utf-8")
+    shown = []
+    for arguments, table in SHOWN.findall(page):
+        main(arguments.split())
+        assert capsys.readouterr().out.strip() == table
+        names = [word for word in arguments.split() if word != "--backward"]
+        shown += [(name, "--backward" in arguments) for name in names]
+    assert sorted(shown) == sorted(PASSES)
+    assert f"{SAVED} operations" in page
+
+
+@pytest.mark.parametrize("words", [[], ["tiled-v3"], ["one-pass", "--backward"]])
+def test_no_formulas_is_bad_usage(words: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+
+
 @pytest.mark.parametrize(("name", "backward"), [p for p in PASSES if p[0] not in PER_ROW])
 def test_numbers_do_not_matter(name: str, backward: bool) -> None:
     load = Workload(seqlen_q=33, seqlen_k=65, head_dim=8, block_q=16, block_k=32, causal=True)
@@ -77,18 +157,6 @@ def test_v1_reads_and_writes_o_once_per_block_of_keys_and_v2_once(blocks: int) -
     v1, v2 = count("tiled-v1", load), count("tiled-v2", load)
     assert (v1.loads["O"], v1.stores["O"]) == (blocks * o, (1 + blocks) * o)  # and zeros first
     assert (v2.loads.get("O", 0), v2.stores["O"]) == (0, o)
-
-
-def test_v2_saves_operations_and_none_of_matmul() -> None:
-    n, d, width = 256, 64, 32
-    load = Workload(seqlen_q=n, seqlen_k=n, head_dim=d, block_q=width, block_k=width)
-    v1, v2 = count("tiled-v1", load), count("tiled-v2", load)
-    rescaled = n * n // width  # rows of all tiles
-    assert v1.matmul == v2.matmul == 4 * n * n * d
-    # Per row and tile: o times l, P V times its factor and a quotient, but for the last of those;
-    # the factor itself; and l times its two factors.
-    saved = sum(v1.other.values()) - sum(v2.other.values())
-    assert saved == rescaled * (2 * d + 1 + 1 + 1) - n * d
 
 
 @pytest.mark.parametrize("on_chip", [2**12, 2**14, 2**16])
