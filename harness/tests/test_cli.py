@@ -178,6 +178,17 @@ def test_a_target_that_deviates(tmp_path: Path) -> None:
     assert "background:" in (page / "index.html").read_text()
 
 
+@pytest.mark.parametrize("head_dim", [40, 80])
+def test_a_target_of_one_dtype_meets_every_head_dimension(head_dim: int, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    target = f"{TARGETS}:bf16_wrong_at_{head_dim}"
+    arguments = ["check", target, "--device=cpu", "--chapter=numerics", f"--json={out}"]
+    result = attnproof(*arguments)
+    assert result.returncode == 1, result.stdout + result.stderr
+    deviates = [c["id"] for c in json.loads(out.read_text())["cases"] if c["verdict"] == "deviates"]
+    assert deviates == [f"numerics/head_dims/b1_h2x2_q33_k65_d{head_dim}_bf16"]
+
+
 def test_a_target_that_supports_nothing_gives_status_3() -> None:
     arguments = ["check", f"{TARGETS}:nothing", "--device=cpu", "--chapter=heads", "--workers=1"]
     result = attnproof(*arguments)

@@ -1,7 +1,8 @@
 """The cases that ship: they cover what they say, and each of them proves something."""
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -11,12 +12,24 @@ from attn_reference.problem import FEATURES, Problem
 from attnproof.cases import all_cases, cases, chapters, checks, declaration, shown_features
 from attnproof.conformance.cover import cover, problems
 from attnproof.conformance.exploring import explore
+from attnproof.conformance.recipe import in_each_dtype, turning
 from attnproof.inputs.make import make_inputs
 from attnproof.judge.vacuity import vacuous_features
 from attnproof.layout import parse_layout
 from attnproof.verdict import NotConforming, Status, Verdict
 
-QUICK_CASES = 500  # more take longer than a minute
+QUICK_CASES = 750  # more take longer than a minute
+DTYPES = ("fp32", "fp16", "bf16")
+# Checks that level quick leaves out.
+NOT_QUICK = {
+    "big/many_heads": "70,000 heads take seconds",
+    "determinism/many_repeats": "a hundred calls take seconds",
+}
+# Checks that do not meet each of their sets of features in each dtype at level quick.
+ANY_DTYPE = {"masks/pairs": "18 pairs: each in one dtype, and each dtype with a third of them"}
+# What these chapters show does not depend on the features of a problem: each dtype is met
+# without features, or with as few of them as the check allows.
+FEWEST_FEATURES = {"determinism", "properties", "state"}
 
 
 def pairs_of(rows, dimensions):
@@ -91,6 +104,13 @@ def test_every_chapter_has_quick_cases_and_every_check_a_description():
             assert declaration(check).quick or declaration(check).full
 
 
+def test_the_documentation_counts_them():
+    text = " ".join((Path(__file__).parents[2] / "docs/chapters.md").read_text().split())
+    quick, full = (f"{len(all_cases(level)):,}" for level in ("quick", "full"))
+    assert f"Level quick is {quick} cases" in text
+    assert f"level full is {full}." in text
+
+
 def test_quick_is_quick():
     assert len(all_cases("quick")) <= QUICK_CASES
 
@@ -117,6 +137,64 @@ def test_a_target_without_features_meets_many_cases():
     plain = [c for c in all_cases("quick") if not c.problem.features]
     assert len(plain) >= 80
     assert len([c for c in plain if c.problem.dtype == "bf16"]) >= 20
+
+
+def sets_of_features(level):
+    """The dtypes in which each check meets each set of features."""
+    found = defaultdict(lambda: defaultdict(set))
+    for case in all_cases(level):
+        features = frozenset(case.problem.features)
+        found[f"{case.chapter}/{case.check}"][features].add(case.problem.dtype)
+    return found
+
+
+def test_every_check_is_met_in_each_dtype():
+    for level, left_out in (("quick", NOT_QUICK), ("full", {})):
+        found = sets_of_features(level)
+        every = {f"{chapter}/{name}" for chapter in chapters() for name in checks(chapter)}
+        assert every - set(found) == set(left_out), level
+        for check, sets in found.items():
+            assert set().union(*sets.values()) == set(DTYPES), f"{check} at level {level}"
+
+
+@pytest.mark.parametrize("chapter", chapters())
+def test_every_set_of_features_is_met_in_each_dtype(chapter):
+    """A target with one dtype loses nothing of what its features allow."""
+    lacking = []
+    for check, sets in sets_of_features("quick").items():
+        if not check.startswith(f"{chapter}/") or check in ANY_DTYPE:
+            continue
+        for features, dtypes in sets.items():
+            if chapter in FEWEST_FEATURES and any(other < features for other in sets):
+                continue
+            lacking += [f"{check} with {sorted(features)}: {d}" for d in set(DTYPES) - dtypes]
+    assert lacking == []
+
+
+def test_each_dtype_meets_the_head_dimensions_that_tiles_of_32_do_not_divide():
+    found = {
+        (case.problem.dtype, case.problem.head_dim)
+        for case in all_cases("quick")
+        if case.check == "head_dims"
+    }
+    assert {(dtype, d) for dtype in DTYPES for d in (8, 40, 72, 80)} <= found
+
+
+def test_what_is_missing_is_repeated_in_another_dtype():
+    causal = {"causal": "top-left"}
+    given = turning(({"seqlen_q": 5}, {"seqlen_q": 6}, {"seqlen_q": 7, **causal}), head_dim=8)
+    found = in_each_dtype(given)
+    assert found[:3] == given
+    assert [(p.dtype, p.seqlen_q) for p in found[3:]] == [("bf16", 6), ("fp32", 7), ("fp16", 7)]
+    assert in_each_dtype(found) == found
+    assert in_each_dtype(given, fewest=True) == found[:4]
+
+
+def test_dtypes_turn_where_none_is_given():
+    values = ({"seqlen_q": 5}, {"seqlen_q": 6, "dtype": "fp32"})
+    assert [p.dtype for p in turning(values)] == ["fp32", "fp32"]
+    assert [p.dtype for p in turning(({}, {}, {}, {}))] == ["fp32", "fp16", "bf16", "fp32"]
+    assert [p.dtype for p in turning(values, dtype="bf16")] == ["bf16", "fp32"]
 
 
 def test_layouts_are_understood():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,6 +24,21 @@ def modulo(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Te
     """Query head h reads key head h % heads_kv."""
     head = torch.arange(q.shape[1]) % k.shape[1]
     return _attend(q, k[:, head], v[:, head], scale)
+
+
+def _bf16_wrong_at(head_dim: int) -> Callable[..., Tensor]:
+    """bf16 alone, and of this head dimension the last element is not read."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        read = q if q.shape[-1] != head_dim else torch.cat([q[..., :-1], 0 * q[..., -1:]], -1)
+        return right(read, k, v, scale=scale)
+
+    attention.attnproof_capabilities = {"dtypes": ("bf16",)}
+    return attention
+
+
+bf16_wrong_at_40 = _bf16_wrong_at(40)
+bf16_wrong_at_80 = _bf16_wrong_at(80)
 
 
 def nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ them, at primes and beyond two tiles.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -53,11 +54,31 @@ def joined(covers: Iterable[Iterable[Problem]]) -> tuple[Problem, ...]:
 
 
 def turning(values: Iterable[Mapping[str, Any]], **base: Any) -> tuple[Problem, ...]:
-    """A problem for each value, the dtypes in turn."""
+    """A problem for each value, the dtypes in turn where none is given."""
     return tuple(
-        Problem(**{**base, "dtype": DTYPES[n % len(DTYPES)], **value})
+        Problem(**{"dtype": DTYPES[n % len(DTYPES)], **base, **value})
         for n, value in enumerate(values)
     )
+
+
+def in_each_dtype(chosen: Iterable[Problem], *, fewest: bool = False) -> tuple[Problem, ...]:
+    """These, and repeats of some in another dtype: each set of features is met in each dtype.
+
+    So a target with one dtype loses nothing of what its features allow. With ``fewest`` only the
+    sets that contain no other one are.
+    """
+    given = tuple(chosen)
+    sets = dict.fromkeys(frozenset(problem.features) for problem in given)
+    more: list[Problem] = []
+    for features in sets:
+        if fewest and any(other < features for other in sets):
+            continue
+        alike = [problem for problem in given if set(problem.features) == features]
+        missing = [dtype for dtype in DTYPES if dtype not in {p.dtype for p in alike}]
+        # The last first: what stands first may be large, and chosen for its dtype.
+        repeated = zip(missing, itertools.cycle(reversed(alike)), strict=False)
+        more += [problem.replace(dtype=dtype) for dtype, problem in repeated]
+    return joined((given, more))
 
 
 def rules_hide(problem: Problem) -> bool:

@@ -9,7 +9,7 @@ from attn_reference.problem import Problem
 from ..cases import cases
 from ..subject import Subject
 from .cover import problems
-from .recipe import DTYPES, GRADIENTS, joined, lengths, turning
+from .recipe import DTYPES, GRADIENTS, in_each_dtype, joined, lengths, turning
 from .requirements import require_device_memory
 
 FAR = tuple((name, f"{order}+far") for name in "qkv" for order in ("bhsd", "sbhd", "hbsd"))
@@ -59,7 +59,7 @@ def test_strides(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(lengths((3, 70000), (70000, 3)), head_dim=16),
+    quick=in_each_dtype(turning(lengths((3, 70000), (70000, 3)), head_dim=16)),
     full=joined(
         (
             problems({"lengths": lengths((3, 70000), (70000, 3)), "dtype": DTYPES}, head_dim=16),
@@ -84,8 +84,10 @@ def test_long_sequences(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(
-        ({"mask": "random", "mask_shape": "111k"},), seqlen_q=3, seqlen_k=70000, head_dim=16
+    quick=in_each_dtype(
+        turning(
+            ({"mask": "random", "mask_shape": "111k"},), seqlen_q=3, seqlen_k=70000, head_dim=16
+        )
     ),
     full=problems(
         {"dtype": DTYPES, "mask_shape": ("11qk", "111k")},

@@ -17,7 +17,7 @@ from ..cases import cases
 from ..plan import Call, CallResult, Plan
 from ..subject import Subject
 from .cover import problems
-from .recipe import DTYPES, GRADIENTS, lengths, turning
+from .recipe import DTYPES, GRADIENTS, in_each_dtype, lengths, turning
 
 REPEATS = 4
 MANY = 100
@@ -42,8 +42,11 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 @cases(
-    quick=turning(lengths((64, 64), (129, 300), (1, 257), (65, 97)), heads_q=4, gradients=GRADIENTS)
-    + turning(({"causal": "top-left"}, {"causal": "bottom-right"}), heads_q=4, seqlen_q=129),
+    quick=in_each_dtype(
+        turning(lengths((64, 64), (129, 300), (1, 257), (65, 97)), heads_q=4, gradients=GRADIENTS)
+        + turning(({"causal": "top-left"}, {"causal": "bottom-right"}), heads_q=4, seqlen_q=129),
+        fewest=True,
+    ),
     full=problems(
         {
             "lengths": lengths((64, 64), (129, 300), (1, 1031), (512, 512)),
@@ -100,7 +103,10 @@ def _repeat(problem: Problem, subject: Subject, times: int) -> None:
 
 
 @cases(
-    quick=turning(({"gradients": GRADIENTS}, {"causal": "top-left"}), heads_q=3, seqlen_q=129),
+    quick=in_each_dtype(
+        turning(({"gradients": GRADIENTS}, {"causal": "top-left"}), heads_q=3, seqlen_q=129),
+        fewest=True,
+    ),
     full=problems(
         {
             "lengths": lengths((1, 300), (129, 129), (300, 65)),
@@ -118,12 +124,15 @@ def test_threads(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(
-        ({}, {"causal": "bottom-right"}, {"causal": "top-left"}, {"key_lengths": (65, 1, 33)}),
-        batch=3,
-        heads_q=2,
-        seqlen_q=33,
-        seqlen_k=65,
+    quick=in_each_dtype(
+        turning(
+            ({}, {"causal": "bottom-right"}, {"causal": "top-left"}, {"key_lengths": (65, 1, 33)}),
+            batch=3,
+            heads_q=2,
+            seqlen_q=33,
+            seqlen_k=65,
+        ),
+        fewest=True,
     ),
     full=problems(
         {

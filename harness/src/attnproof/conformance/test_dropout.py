@@ -13,23 +13,25 @@ from ..cases import cases
 from ..plan import Call, Plan
 from ..subject import Subject
 from .cover import problems
-from .recipe import DTYPES, GRADIENTS, heads, lengths, turning
+from .recipe import DTYPES, GRADIENTS, heads, in_each_dtype, lengths, turning
 from .requirements import require_keep_mask
 
 SIGMAS = 6.0  # of the binomial distribution: one false alarm in 500 million
 
 
 @cases(
-    quick=turning(
-        (
-            {"dropout": 0.1},
-            {"dropout": 0.5, "causal": "top-left"},
-            {"dropout": 0.5, "causal": "bottom-right"},
-            {"dropout": 0.25, "gradients": GRADIENTS},
-        ),
-        heads_q=2,
-        seqlen_q=65,
-        seqlen_k=97,
+    quick=in_each_dtype(
+        turning(
+            (
+                {"dropout": 0.1},
+                {"dropout": 0.5, "causal": "top-left"},
+                {"dropout": 0.5, "causal": "bottom-right"},
+                {"dropout": 0.25, "gradients": GRADIENTS},
+            ),
+            heads_q=2,
+            seqlen_q=65,
+            seqlen_k=97,
+        )
     ),
     full=problems(
         {
@@ -50,7 +52,9 @@ def test_kept(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(({"dropout": 0.1}, {"dropout": 0.5}), batch=2, heads_q=3, seqlen_q=64),
+    quick=in_each_dtype(
+        turning(({"dropout": 0.1}, {"dropout": 0.5}), batch=2, heads_q=3, seqlen_q=64)
+    ),
     full=problems({"dropout": (0.05, 0.3, 0.9), "dtype": DTYPES}, batch=2, heads_q=4, seqlen_q=300),
     feature="dropout",
 )
@@ -83,7 +87,7 @@ def test_rate(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(({"dropout": 0.5},), heads_q=2, seqlen_q=64),
+    quick=in_each_dtype(turning(({"dropout": 0.5},), heads_q=2, seqlen_q=64)),
     full=problems({"dropout": (0.1, 0.5), "dtype": DTYPES}, heads_q=2, seqlen_q=128),
     feature="dropout",
 )

@@ -16,9 +16,9 @@ from ..cases import cases
 from ..plan import Call, CallResult, Plan
 from ..subject import Subject
 from .cover import problems
-from .recipe import DTYPES, GRADIENTS, turning
+from .recipe import DTYPES, GRADIENTS, in_each_dtype, turning
 
-VALID = turning(({},), batch=2, heads_q=4, seqlen_q=33, seqlen_k=65)
+VALID = in_each_dtype(turning(({},), batch=2, heads_q=4, seqlen_q=33, seqlen_k=65))
 MORE = problems(
     {"dtype": DTYPES, "gradients": ((), GRADIENTS), "seqlen_q": (1, 64)},
     batch=2,
@@ -108,7 +108,9 @@ def test_mixed_dtypes(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(({"mask": "random"},), batch=2, heads_q=4, seqlen_q=33, seqlen_k=65),
+    quick=in_each_dtype(
+        turning(({"mask": "random"},), batch=2, heads_q=4, seqlen_q=33, seqlen_k=65)
+    ),
     full=problems(
         {"dtype": DTYPES, "mask_shape": ("bhqk", "11qk")},
         batch=2,
@@ -128,7 +130,9 @@ def test_shape_of_mask(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(({"bias": "normal"},), batch=2, heads_q=4, seqlen_q=33, seqlen_k=65),
+    quick=in_each_dtype(
+        turning(({"bias": "normal"},), batch=2, heads_q=4, seqlen_q=33, seqlen_k=65)
+    ),
     full=problems(
         {"dtype": DTYPES, "bias_shape": ("bhqk", "1hqk")},
         batch=2,

@@ -9,7 +9,7 @@ from attn_reference.problem import Problem
 from ..cases import cases
 from ..subject import Subject
 from .cover import problems
-from .recipe import DTYPES, GRADIENTS, heads, lengths, turning
+from .recipe import DTYPES, GRADIENTS, heads, in_each_dtype, lengths, turning
 
 
 @cases(
@@ -59,7 +59,9 @@ def test_dominating_key(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(({"window": (0, 0)}, {"window": (0, 0), "seqlen_k": 97}), seqlen_q=65, heads_q=2),
+    quick=in_each_dtype(
+        turning(({"window": (0, 0)}, {"window": (0, 0), "seqlen_k": 97}), seqlen_q=65, heads_q=2)
+    ),
     full=problems(
         {"lengths": lengths((64, 64), (65, 97), (257, 129)), "dtype": DTYPES},
         window=(0, 0),
@@ -73,7 +75,9 @@ def test_window_of_one(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(({"seqlen_k": 65}, {"seqlen_k": 300}), seqlen_q=33, heads_q=2, mask="one-key"),
+    quick=in_each_dtype(
+        turning(({"seqlen_k": 65}, {"seqlen_k": 300}), seqlen_q=33, heads_q=2, mask="one-key")
+    ),
     full=problems(
         {"mask_shape": ("bhqk", "11qk", "b11k", "1h1k"), "dtype": DTYPES, "seqlen_k": (64, 257)},
         batch=2,
@@ -89,11 +93,13 @@ def test_mask_of_one(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(
-        ({"heads_q": 6, "heads_kv": 2}, {"heads_q": 15, "heads_kv": 3}),
-        seqlen_q=33,
-        seqlen_k=65,
-        distribution="integers",
+    quick=in_each_dtype(
+        turning(
+            ({"heads_q": 6, "heads_kv": 2}, {"heads_q": 15, "heads_kv": 3}),
+            seqlen_q=33,
+            seqlen_k=65,
+            distribution="integers",
+        )
     ),
     full=problems(
         {"heads": heads((8, 1), (6, 3), (14, 2), (24, 8)), "dtype": DTYPES},
@@ -109,10 +115,12 @@ def test_dominating_key_by_head(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(
-        ({"seqlen_q": 65, "seqlen_k": 65}, {"seqlen_q": 129, "seqlen_k": 33}),
-        distribution="integers",
-        gradients=GRADIENTS,
+    quick=in_each_dtype(
+        turning(
+            ({"seqlen_q": 65, "seqlen_k": 65}, {"seqlen_q": 129, "seqlen_k": 33}),
+            distribution="integers",
+            gradients=GRADIENTS,
+        )
     ),
     full=problems(
         {
@@ -131,16 +139,18 @@ def test_dominating_key_gradients(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(
-        (
-            {"seqlen_k": 0},
-            {"seqlen_q": 0},
-            {"batch": 0},
-            {"seqlen_k": 0, "gradients": GRADIENTS},
-            {"seqlen_q": 0, "seqlen_k": 17, "gradients": GRADIENTS},
-        ),
-        heads_q=2,
-        seqlen_q=17,
+    quick=in_each_dtype(
+        turning(
+            (
+                {"seqlen_k": 0},
+                {"seqlen_q": 0},
+                {"batch": 0},
+                {"seqlen_k": 0, "gradients": GRADIENTS},
+                {"seqlen_q": 0, "seqlen_k": 17, "gradients": GRADIENTS},
+            ),
+            heads_q=2,
+            seqlen_q=17,
+        )
     ),
     full=problems(
         {

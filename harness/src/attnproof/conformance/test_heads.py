@@ -7,7 +7,7 @@ from attn_reference.problem import Problem
 from ..cases import cases
 from ..subject import Subject
 from .cover import problems
-from .recipe import DTYPES, dims, heads, joined, lengths, turning
+from .recipe import DTYPES, dims, heads, in_each_dtype, joined, lengths, turning
 
 # Groups of 1, 2, 3, 5, 7 and 8, more than one key/value head, counts that differ from the group.
 GROUPS = heads((6, 2), (8, 4), (10, 2), (14, 2), (24, 3), (5, 1), (12, 6))
@@ -18,13 +18,15 @@ RULES: tuple[dict[str, Any], ...] = ({}, {"causal": "top-left"}, {"causal": "bot
 
 
 @cases(
-    quick=joined(
-        (
-            turning(GROUPS, seqlen_q=33, seqlen_k=65),
-            *(
-                turning(heads((6, 2), (15, 3)), seqlen_q=129, seqlen_k=65, batch=2, **rule)
-                for rule in RULES
-            ),
+    quick=in_each_dtype(
+        joined(
+            (
+                turning(GROUPS, seqlen_q=33, seqlen_k=65),
+                *(
+                    turning(heads((6, 2), (15, 3)), seqlen_q=129, seqlen_k=65, batch=2, **rule)
+                    for rule in RULES
+                ),
+            )
         )
     ),
     full=joined(
@@ -48,7 +50,18 @@ def test_groups(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(VALUE_DIMS, seqlen_q=65, seqlen_k=100, heads_q=2),
+    quick=joined(
+        (
+            turning(VALUE_DIMS, seqlen_q=65, seqlen_k=100, heads_q=2),
+            # A wider V, and dimensions that tiles of 32 do not divide, in each dtype.
+            problems(
+                {"dims": (VALUE_DIMS[0], VALUE_DIMS[3]), "dtype": DTYPES},
+                seqlen_q=65,
+                seqlen_k=100,
+                heads_q=2,
+            ),
+        )
+    ),
     full=joined(
         problems(
             {
@@ -69,7 +82,7 @@ def test_value_dims(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(heads((33, 33), (40, 8)), batch=3, seqlen_q=5, seqlen_k=9),
+    quick=in_each_dtype(turning(heads((33, 33), (40, 8)), batch=3, seqlen_q=5, seqlen_k=9)),
     full=problems(
         {"heads": heads((64, 64), (96, 12), (7, 7)), "dtype": DTYPES}, batch=33, seqlen_q=7
     ),

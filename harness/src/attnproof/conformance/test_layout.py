@@ -11,7 +11,7 @@ from attn_reference.problem import Problem
 from ..cases import cases
 from ..subject import Subject
 from .cover import cover
-from .recipe import DTYPES, GRADIENTS, joined
+from .recipe import DTYPES, GRADIENTS, in_each_dtype, joined
 
 CONTIGUOUS = "bhsd"
 QUICK = (CONTIGUOUS, "bshd", "bhds", "bhsd+offset")
@@ -93,20 +93,22 @@ def test_gradients(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=joined(
-        _covered(
-            (kind,),
-            ("expand", "bhds", "bhsd+offset", "bhsd+gap"),
-            dtypes=(dtype,),
-            batch=2,
-            heads_q=3,
-            seqlen_q=33,
-            seqlen_k=65,
-            **pattern,
-        )
-        for kind, dtype, pattern in (
-            ("mask", "fp32", _pattern(mask="random", mask_shape="11qk")),
-            ("bias", "bf16", _pattern(bias="normal", bias_shape="11qk")),
+    quick=in_each_dtype(
+        joined(
+            _covered(
+                (kind,),
+                ("expand", "bhds", "bhsd+offset", "bhsd+gap"),
+                dtypes=(dtype,),
+                batch=2,
+                heads_q=3,
+                seqlen_q=33,
+                seqlen_k=65,
+                **pattern,
+            )
+            for kind, dtype, pattern in (
+                ("mask", "fp32", _pattern(mask="random", mask_shape="11qk")),
+                ("bias", "bf16", _pattern(bias="normal", bias_shape="11qk")),
+            )
         )
     ),
     full=joined(

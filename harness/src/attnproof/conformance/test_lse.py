@@ -10,7 +10,7 @@ from attn_reference.problem import Problem
 from ..cases import cases
 from ..subject import Subject
 from .cover import problems
-from .recipe import DTYPES, each_dtype, joined, lengths, turning
+from .recipe import DTYPES, each_dtype, in_each_dtype, joined, lengths, turning
 from .requirements import require_lse
 
 FEATURES: tuple[dict[str, Any], ...] = (
@@ -54,7 +54,7 @@ def test_dense(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(FEATURES, heads_q=6, seqlen_q=65, seqlen_k=150),
+    quick=in_each_dtype(turning(FEATURES, heads_q=6, seqlen_q=65, seqlen_k=150)),
     full=joined(
         problems(
             {"lengths": lengths((64, 64), (129, 65), (65, 257)), "dtype": DTYPES},
@@ -72,7 +72,9 @@ def test_features(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(({"seqlen_k": 0}, {"seqlen_k": 0, "sinks": True}), seqlen_q=17, heads_q=2),
+    quick=in_each_dtype(
+        turning(({"seqlen_k": 0}, {"seqlen_k": 0, "sinks": True}), seqlen_q=17, heads_q=2)
+    ),
     full=problems(
         {"seqlen_q": (1, 65), "dtype": DTYPES, "sinks": (False, True)}, seqlen_k=0, heads_q=2
     ),

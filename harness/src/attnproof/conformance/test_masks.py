@@ -11,7 +11,7 @@ from attn_reference.problem import Problem
 from ..cases import cases
 from ..subject import Subject
 from .cover import problems
-from .recipe import DTYPES, each_dtype, joined, lengths, rules_hide, turning
+from .recipe import DTYPES, each_dtype, in_each_dtype, joined, lengths, rules_hide, turning
 
 ALIGNMENTS = ("top-left", "bottom-right")
 # Positional rules, one class of capabilities each.
@@ -80,10 +80,13 @@ def test_causal(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=(
-        Problem(seqlen_q=2000, dtype="bf16", causal="top-left", distribution="needles"),
-        Problem(seqlen_q=2000, dtype="bf16", causal="bottom-right", distribution="needles"),
-        Problem(seqlen_q=257, seqlen_k=300, causal="bottom-right", distribution="needles"),
+    quick=in_each_dtype(
+        (
+            Problem(seqlen_q=2000, dtype="bf16", causal="top-left", distribution="needles"),
+            Problem(seqlen_q=2000, dtype="bf16", causal="bottom-right", distribution="needles"),
+            Problem(seqlen_q=300, seqlen_k=257, causal="top-left", distribution="needles"),
+            Problem(seqlen_q=257, seqlen_k=300, causal="bottom-right", distribution="needles"),
+        )
     ),
     full=problems(
         {
@@ -273,11 +276,15 @@ def test_alibi(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=joined(
-        turning([{"seqlen_k": 65}, {"seqlen_k": 300}], sinks=True, heads_q=4, seqlen_q=65, **rule)
-        for rule in (*RULES, {"window": (5, 5)})
-    )
-    + turning([{"dtype": "bf16"}], sinks=True, heads_q=4, seqlen_q=1, seqlen_k=2039),
+    quick=in_each_dtype(
+        joined(
+            turning(
+                [{"seqlen_k": 65}, {"seqlen_k": 300}], sinks=True, heads_q=4, seqlen_q=65, **rule
+            )
+            for rule in (*RULES, {"window": (5, 5)})
+        )
+        + turning([{"dtype": "bf16"}], sinks=True, heads_q=4, seqlen_q=1, seqlen_k=2039)
+    ),
     full=joined(
         problems(
             {"lengths": lengths((64, 64), (65, 257), (257, 65)), "dtype": DTYPES},
@@ -358,19 +365,24 @@ def test_pairs(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=joined(
-        (
-            turning(
-                [{"mask": "empty-rows"}, {"mask": "nothing"}], seqlen_q=33, seqlen_k=65, heads_q=2
-            ),
-            turning([{"bias": "neginf-rows"}], seqlen_q=33, seqlen_k=65, heads_q=2),
-            turning(
-                [{"causal": "bottom-right"}, {"causal": "bottom-right", "sinks": True}],
-                seqlen_q=129,
-                seqlen_k=33,
-                heads_q=2,
-            ),
-            turning([{"window": (2, None)}], seqlen_q=129, seqlen_k=33, causal="top-left"),
+    quick=in_each_dtype(
+        joined(
+            (
+                turning(
+                    [{"mask": "empty-rows"}, {"mask": "nothing"}],
+                    seqlen_q=33,
+                    seqlen_k=65,
+                    heads_q=2,
+                ),
+                turning([{"bias": "neginf-rows"}], seqlen_q=33, seqlen_k=65, heads_q=2),
+                turning(
+                    [{"causal": "bottom-right"}, {"causal": "bottom-right", "sinks": True}],
+                    seqlen_q=129,
+                    seqlen_k=33,
+                    heads_q=2,
+                ),
+                turning([{"window": (2, None)}], seqlen_q=129, seqlen_k=33, causal="top-left"),
+            )
         )
     ),
     full=joined(

@@ -13,7 +13,7 @@ from ..cases import cases
 from ..plan import Surroundings
 from ..subject import Subject
 from .cover import problems
-from .recipe import DTYPES, GRADIENTS, heads, joined, lengths, turning
+from .recipe import DTYPES, GRADIENTS, each_dtype, heads, in_each_dtype, joined, lengths, turning
 
 # Lengths whose last tile is partly empty, and head dimensions that fill no vector.
 ODD = lengths((65, 97), (1, 17), (33, 300), (129, 63))
@@ -30,11 +30,13 @@ RULES: tuple[dict[str, Any], ...] = (
 
 
 @cases(
-    quick=joined(
-        (
-            turning(ODD, heads_q=2),
-            turning(ODD[:1], heads_q=2, dtype="bf16", head_dim=40),
-            turning(RULES[1:6], heads_q=4, seqlen_q=65, seqlen_k=97),
+    quick=in_each_dtype(
+        joined(
+            (
+                turning(ODD, heads_q=2),
+                each_dtype({"lengths": ODD[:1]}, heads_q=2, head_dim=40),
+                turning(RULES[1:6], heads_q=4, seqlen_q=65, seqlen_k=97),
+            )
         )
     ),
     full=joined(
@@ -53,7 +55,7 @@ def test_reads_behind(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(ODD[:2], heads_q=2),
+    quick=in_each_dtype(turning(ODD[:2], heads_q=2)),
     full=joined(problems({"lengths": ODD, "dtype": DTYPES}, heads_q=4, **rule) for rule in RULES),
     feature="memory",
 )
@@ -63,11 +65,13 @@ def test_reads_before(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=joined(
-        (
-            turning(ODD, heads_q=2),
-            turning(ODD[:2], heads_q=2, gradients=GRADIENTS),
-            turning(lengths((17, 0), (65, 1)), heads_q=2),
+    quick=in_each_dtype(
+        joined(
+            (
+                turning(ODD, heads_q=2),
+                turning(ODD[:2], heads_q=2, gradients=GRADIENTS),
+                turning(lengths((17, 0), (65, 1)), heads_q=2),
+            )
         )
     ),
     full=joined(
@@ -82,11 +86,13 @@ def test_allocations(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(
-        ({"causal": "top-left", "seqlen_k": 129}, {"seqlen_k": 0}),
-        heads_q=2,
-        seqlen_q=33,
-        gradients=GRADIENTS,
+    quick=in_each_dtype(
+        turning(
+            ({"causal": "top-left", "seqlen_k": 129}, {"seqlen_k": 0}),
+            heads_q=2,
+            seqlen_q=33,
+            gradients=GRADIENTS,
+        )
     ),
     full=problems(
         {
@@ -105,7 +111,9 @@ def test_gradients_without_queries(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(heads((2, 2), (6, 2)), seqlen_q=65, seqlen_k=97, gradients=GRADIENTS),
+    quick=in_each_dtype(
+        turning(heads((2, 2), (6, 2)), seqlen_q=65, seqlen_k=97, gradients=GRADIENTS)
+    ),
     full=problems(
         {
             "heads": heads((2, 2), (6, 2)),

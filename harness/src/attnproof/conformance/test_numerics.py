@@ -18,6 +18,7 @@ from .recipe import (
     GRADIENTS,
     QUICK_LENGTHS,
     each_dtype,
+    in_each_dtype,
     joined,
     lengths,
     turning,
@@ -63,8 +64,12 @@ def test_dense(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(
-        ({"head_dim": d} for d in (8, 40, 96, 256, 72, 192)), seqlen_q=33, seqlen_k=65, heads_q=2
+    # Each in each dtype: 16-bit kernels are written for tiles of 16 or 32 along the head dimension.
+    quick=problems(
+        {"head_dim": (8, 40, 72, 80, 96, 192, 256), "dtype": DTYPES},
+        seqlen_q=33,
+        seqlen_k=65,
+        heads_q=2,
     ),
     full=problems(
         {
@@ -122,10 +127,12 @@ def test_needles(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=(
-        Problem(seqlen_q=64, seqlen_k=1000, dtype="bf16"),
-        Problem(seqlen_q=33, seqlen_k=1000, dtype="bf16", distribution="ones"),
-        Problem(seqlen_q=64, seqlen_k=1031, dtype="fp16"),
+    quick=in_each_dtype(
+        (
+            Problem(seqlen_q=64, seqlen_k=1000, dtype="bf16"),
+            Problem(seqlen_q=33, seqlen_k=1000, dtype="bf16", distribution="ones"),
+            Problem(seqlen_q=64, seqlen_k=1031, dtype="fp16"),
+        )
     ),
     full=each_dtype(
         {
@@ -181,8 +188,10 @@ HIDING: tuple[dict[str, Any], ...] = ({}, {"causal": "top-left"}, {"causal": "bo
 
 
 @cases(
-    quick=joined(turning(NOT_POSITIVE, seqlen_q=65, seqlen_k=127, **rule) for rule in HIDING)
-    + turning(({"scale": -0.3},), seqlen_q=33, seqlen_k=65, gradients=GRADIENTS),
+    quick=in_each_dtype(
+        joined(turning(NOT_POSITIVE, seqlen_q=65, seqlen_k=127, **rule) for rule in HIDING)
+        + turning(({"scale": -0.3},), seqlen_q=33, seqlen_k=65, gradients=GRADIENTS)
+    ),
     full=joined(
         problems(
             {

@@ -11,7 +11,7 @@ from attn_reference.problem import Problem
 from ..cases import cases
 from ..subject import Subject
 from .cover import problems
-from .recipe import DTYPES, heads, joined, turning
+from .recipe import DTYPES, heads, in_each_dtype, joined, turning
 
 PAGES = (1, 16, 32, 64, 256)
 FEATURES: tuple[dict[str, Any], ...] = (
@@ -27,26 +27,30 @@ KEY_LENGTHS = ((300, 1, 65), (256, 257, 255), (0, 300, 17))
 
 
 @cases(
-    quick=joined(
-        (
-            turning(
-                [{"page_size": size} for size in PAGES],
-                batch=3,
-                heads_q=2,
-                seqlen_q=5,
-                seqlen_k=300,
-                key_lengths=KEY_LENGTHS[0],
-            ),
-            turning(
-                [{"key_lengths": lens} for lens in KEY_LENGTHS],
-                page_size=256,
-                batch=3,
-                heads_q=2,
-                seqlen_q=1,
-                seqlen_k=300,
-                causal="bottom-right",
-            ),
-            turning([{"page_size": 16}, {"page_size": 256}], seqlen_q=17, seqlen_k=512, batch=2),
+    quick=in_each_dtype(
+        joined(
+            (
+                turning(
+                    [{"page_size": size} for size in PAGES],
+                    batch=3,
+                    heads_q=2,
+                    seqlen_q=5,
+                    seqlen_k=300,
+                    key_lengths=KEY_LENGTHS[0],
+                ),
+                turning(
+                    [{"key_lengths": lens} for lens in KEY_LENGTHS],
+                    page_size=256,
+                    batch=3,
+                    heads_q=2,
+                    seqlen_q=1,
+                    seqlen_k=300,
+                    causal="bottom-right",
+                ),
+                turning(
+                    [{"page_size": 16}, {"page_size": 256}], seqlen_q=17, seqlen_k=512, batch=2
+                ),
+            )
         )
     ),
     full=joined(
@@ -73,14 +77,16 @@ def test_pages(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(
-        FEATURES[:4],
-        page_size=256,
-        batch=3,
-        heads_q=6,
-        seqlen_q=5,
-        seqlen_k=300,
-        key_lengths=KEY_LENGTHS[0],
+    quick=in_each_dtype(
+        turning(
+            FEATURES[:4],
+            page_size=256,
+            batch=3,
+            heads_q=6,
+            seqlen_q=5,
+            seqlen_k=300,
+            key_lengths=KEY_LENGTHS[0],
+        )
     ),
     full=joined(
         problems(

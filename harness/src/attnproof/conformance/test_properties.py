@@ -19,7 +19,7 @@ from ..cases import cases
 from ..inputs.streams import Stream
 from ..subject import Subject
 from .exploring import allowed, answers, explore, require_equal, tensor
-from .recipe import GRADIENTS, turning
+from .recipe import GRADIENTS, in_each_dtype, turning
 from .requirements import require_lse
 
 BASE: dict[str, Any] = {"seqlen_q": 33, "seqlen_k": 65, "heads_q": 2}
@@ -65,7 +65,9 @@ def _small_integers(like: Tensor, seed: int, name: str, most: int, unit: float) 
     return (torch.from_numpy(numbers) * unit).to(like.dtype)
 
 
-@cases(quick=POSITIONLESS[:3], full=POSITIONLESS[3:], feature="properties")
+@cases(
+    quick=in_each_dtype(POSITIONLESS[:3], fewest=True), full=POSITIONLESS[3:], feature="properties"
+)
 def test_key_permutation(problem: Problem, subject: Subject) -> None:
     """The order of the keys, with their values, does not matter."""
     subject.prepare(problem)
@@ -94,7 +96,9 @@ def test_key_permutation(problem: Problem, subject: Subject) -> None:
     )
 
 
-@cases(quick=POSITIONLESS[:2], full=POSITIONLESS[2:], feature="properties")
+@cases(
+    quick=in_each_dtype(POSITIONLESS[:2], fewest=True), full=POSITIONLESS[2:], feature="properties"
+)
 def test_query_permutation(problem: Problem, subject: Subject) -> None:
     """Queries in another order give the rows of out in that order."""
     subject.prepare(problem)
@@ -118,7 +122,11 @@ def test_query_permutation(problem: Problem, subject: Subject) -> None:
     explore(test_query_permutation, problem, holds, (129, 33))
 
 
-@cases(quick=(PLAIN[0], PLAIN[2]), full=(PLAIN[1], *CAUSAL), feature="properties")
+@cases(
+    quick=in_each_dtype((PLAIN[0], PLAIN[2]), fewest=True),
+    full=(PLAIN[1], *CAUSAL),
+    feature="properties",
+)
 def test_head_permutation(problem: Problem, subject: Subject) -> None:
     """Key/value heads in another order, their query heads with them."""
     subject.prepare(problem)
@@ -146,7 +154,7 @@ def test_head_permutation(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=(*POSITIONLESS[:1], *CAUSAL[:2]),
+    quick=in_each_dtype((*POSITIONLESS[:1], *CAUSAL[:2]), fewest=True),
     full=(*POSITIONLESS[1:], *CAUSAL[2:]),
     feature="properties",
 )
@@ -174,7 +182,7 @@ def test_value_linearity(problem: Problem, subject: Subject) -> None:
     )
 
 
-@cases(quick=PLAIN[:2], full=PLAIN[2:], feature="properties")
+@cases(quick=in_each_dtype(PLAIN[:2], fewest=True), full=PLAIN[2:], feature="properties")
 def test_score_shift(problem: Problem, subject: Subject) -> None:
     """The same vector added to every key shifts the scores of a row, and leaves out as it is."""
     subject.prepare(problem)
@@ -193,7 +201,11 @@ def test_score_shift(problem: Problem, subject: Subject) -> None:
     explore(test_score_shift, problem, holds, (17, 127))
 
 
-@cases(quick=PLAIN[:2], full=(*PLAIN[2:], *POSITIONLESS[3:4]), feature="properties")
+@cases(
+    quick=in_each_dtype(PLAIN[:2], fewest=True),
+    full=(*PLAIN[2:], *POSITIONLESS[3:4]),
+    feature="properties",
+)
 def test_duplicated_keys(problem: Problem, subject: Subject) -> None:
     """Every key twice, with its value: out stays, and the LSE grows by ln 2."""
     subject.prepare(problem)
@@ -222,7 +234,11 @@ def _part(inputs: Inputs, keys: slice) -> Inputs:
     return replace(inputs, k=inputs.k[:, :, keys].contiguous(), v=inputs.v[:, :, keys].contiguous())
 
 
-@cases(quick=PLAIN[:2], full=(*PLAIN[2:], *POSITIONLESS[3:4]), feature="properties")
+@cases(
+    quick=in_each_dtype(PLAIN[:2], fewest=True),
+    full=(*PLAIN[2:], *POSITIONLESS[3:4]),
+    feature="properties",
+)
 def test_split_and_merge(problem: Problem, subject: Subject) -> None:
     """Two runs of keys, merged with the weights that their LSEs say, give all of them."""
     require_lse(subject)
@@ -258,7 +274,7 @@ def test_split_and_merge(problem: Problem, subject: Subject) -> None:
     )
 
 
-@cases(quick=CAUSAL[:2], full=CAUSAL[2:], feature="properties")
+@cases(quick=in_each_dtype(CAUSAL[:2], fewest=True), full=CAUSAL[2:], feature="properties")
 def test_hidden_keys(problem: Problem, subject: Subject) -> None:
     """The last key is hidden from all but the last query that can see it: others do not change
     with it."""
@@ -279,7 +295,11 @@ def test_hidden_keys(problem: Problem, subject: Subject) -> None:
     explore(test_hidden_keys, problem, holds, (65, 65))
 
 
-@cases(quick=(PLAIN[0], CAUSAL[1]), full=(*PLAIN[1:], *CAUSAL), feature="properties")
+@cases(
+    quick=in_each_dtype((PLAIN[0], CAUSAL[1]), fewest=True),
+    full=(*PLAIN[1:], *CAUSAL),
+    feature="properties",
+)
 def test_concatenated_batches(problem: Problem, subject: Subject) -> None:
     """Two batches in one call give what they give in two."""
     subject.prepare(problem)
@@ -314,7 +334,11 @@ GRADIENT_PROBLEMS = turning(
 )
 
 
-@cases(quick=GRADIENT_PROBLEMS[:2], full=GRADIENT_PROBLEMS[2:], feature="properties")
+@cases(
+    quick=in_each_dtype(GRADIENT_PROBLEMS[:2], fewest=True),
+    full=GRADIENT_PROBLEMS[2:],
+    feature="properties",
+)
 def test_sum_of_value_gradients(problem: Problem, subject: Subject) -> None:
     """Weights of a row sum to one: dV summed over the keys is dO summed over the queries."""
     subject.prepare(problem)

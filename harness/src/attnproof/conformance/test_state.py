@@ -13,7 +13,7 @@ from ..cases import cases
 from ..plan import Call, Plan
 from ..subject import Subject
 from .cover import problems
-from .recipe import DTYPES, GRADIENTS, lengths, turning
+from .recipe import DTYPES, GRADIENTS, in_each_dtype, lengths, turning
 from .requirements import require_cuda
 
 
@@ -27,7 +27,10 @@ def _both(subject: Subject, first: Problem, second: Problem, **call: Any) -> Non
 
 
 @cases(
-    quick=turning(({}, {"heads_q": 2}, {"gradients": GRADIENTS}), seqlen_q=65, seqlen_k=97),
+    quick=in_each_dtype(
+        turning(({}, {"heads_q": 2}, {"gradients": GRADIENTS}), seqlen_q=65, seqlen_k=97),
+        fewest=True,
+    ),
     full=problems(
         {
             "lengths": lengths((64, 64), (1, 97), (65, 33)),
@@ -44,7 +47,9 @@ def test_other_values(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(({"scale": 0.3}, {"scale": 0.05, "gradients": GRADIENTS}), seqlen_q=65),
+    quick=in_each_dtype(
+        turning(({"scale": 0.3}, {"scale": 0.05, "gradients": GRADIENTS}), seqlen_q=65), fewest=True
+    ),
     full=problems(
         {"scale": (0.05, 0.5), "dtype": DTYPES, "gradients": ((), GRADIENTS)}, seqlen_q=65
     ),
@@ -74,7 +79,9 @@ def test_other_shape(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(({"head_dim": 64}, {"head_dim": 128}), seqlen_q=33, seqlen_k=65),
+    quick=in_each_dtype(
+        turning(({"head_dim": 64}, {"head_dim": 128}), seqlen_q=33, seqlen_k=65), fewest=True
+    ),
     full=problems({"head_dim": (32, 64, 128), "dtype": DTYPES}, seqlen_q=65),
     feature="state",
 )
@@ -84,11 +91,14 @@ def test_other_dtype_and_dim(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(
-        ({"causal": "top-left"}, {"causal": "bottom-right"}, {"causal": "none"}),
-        seqlen_q=65,
-        seqlen_k=97,
-        heads_q=2,
+    quick=in_each_dtype(
+        turning(
+            ({"causal": "top-left"}, {"causal": "bottom-right"}, {"causal": "none"}),
+            seqlen_q=65,
+            seqlen_k=97,
+            heads_q=2,
+        ),
+        fewest=True,
     ),
     full=problems(
         {"causal": ("none", "top-left", "bottom-right"), "dtype": DTYPES},
@@ -104,8 +114,11 @@ def test_mask_before(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(
-        ({"layouts": (("q", "bshd"), ("k", "bshd"), ("v", "bshd"))}, {}), batch=2, heads_q=3
+    quick=in_each_dtype(
+        turning(
+            ({"layouts": (("q", "bshd"), ("k", "bshd"), ("v", "bshd"))}, {}), batch=2, heads_q=3
+        ),
+        fewest=True,
     ),
     full=problems(
         {
@@ -129,7 +142,9 @@ def test_other_strides(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(({}, {"gradients": GRADIENTS}), seqlen_q=129, heads_q=4),
+    quick=in_each_dtype(
+        turning(({}, {"gradients": GRADIENTS}), seqlen_q=129, heads_q=4), fewest=True
+    ),
     full=problems({"dtype": DTYPES, "gradients": ((), GRADIENTS)}, seqlen_q=1024, heads_q=8),
     feature="side stream",
 )
@@ -140,7 +155,7 @@ def test_side_stream(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(({}, {"heads_q": 4}), seqlen_q=129),
+    quick=in_each_dtype(turning(({}, {"heads_q": 4}), seqlen_q=129), fewest=True),
     full=problems({"dtype": DTYPES, "causal": ("none", "top-left", "bottom-right")}, seqlen_q=300),
     feature="graph replay",
 )

@@ -11,7 +11,7 @@ from attn_reference.problem import Problem
 from ..cases import cases
 from ..subject import Subject
 from .cover import problems
-from .recipe import DTYPES, GRADIENTS, heads, joined, turning
+from .recipe import DTYPES, GRADIENTS, heads, in_each_dtype, joined, turning
 
 PACKED = (
     ((33, 33), (65, 65), (1, 1)),
@@ -30,9 +30,11 @@ RULES: tuple[dict[str, Any], ...] = ({}, {"causal": "bottom-right"}, {"causal": 
 
 
 @cases(
-    quick=joined(
-        turning([{"packed": packed} for packed in some], heads_q=2, **rule)
-        for some, rule in zip((PACKED, PACKED[:3], PACKED[1:3]), RULES, strict=True)
+    quick=in_each_dtype(
+        joined(
+            turning([{"packed": packed} for packed in some], heads_q=2, **rule)
+            for some, rule in zip((PACKED, PACKED[:3], PACKED[1:3]), RULES, strict=True)
+        )
     ),
     full=joined(
         problems(
@@ -54,8 +56,10 @@ def test_packed(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning([{"packed": packed} for packed in PACKED[:3]], heads_q=2, gradients=GRADIENTS)
-    + turning([{"packed": PACKED[2]}], causal="bottom-right", heads_q=2, gradients=GRADIENTS),
+    quick=in_each_dtype(
+        turning([{"packed": packed} for packed in PACKED[:3]], heads_q=2, gradients=GRADIENTS)
+        + turning([{"packed": PACKED[2]}], causal="bottom-right", heads_q=2, gradients=GRADIENTS)
+    ),
     full=joined(
         problems(
             {"packed": PACKED, "dtype": DTYPES, "heads": heads((2, 2), (6, 2))},
@@ -72,15 +76,17 @@ def test_packed_gradients(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(
-        (
-            {"window": (5, 0), "causal": "bottom-right"},
-            {"softcap": 2.0},
-            {"alibi": True, "causal": "bottom-right"},
-            {"heads_kv": 2},
-        ),
-        packed=PACKED[1],
-        heads_q=6,
+    quick=in_each_dtype(
+        turning(
+            (
+                {"window": (5, 0), "causal": "bottom-right"},
+                {"softcap": 2.0},
+                {"alibi": True, "causal": "bottom-right"},
+                {"heads_kv": 2},
+            ),
+            packed=PACKED[1],
+            heads_q=6,
+        )
     ),
     full=joined(
         problems({"packed": PACKED[:3], "dtype": DTYPES}, heads_q=6, **feature)
@@ -135,13 +141,15 @@ def test_key_lengths(problem: Problem, subject: Subject) -> None:
 
 
 @cases(
-    quick=turning(
-        ({}, {"causal": "bottom-right"}),
-        batch=3,
-        key_lengths=(100, 0, 33),
-        seqlen_q=33,
-        seqlen_k=100,
-        gradients=GRADIENTS,
+    quick=in_each_dtype(
+        turning(
+            ({}, {"causal": "bottom-right"}),
+            batch=3,
+            key_lengths=(100, 0, 33),
+            seqlen_q=33,
+            seqlen_k=100,
+            gradients=GRADIENTS,
+        )
     ),
     full=problems(
         {
