@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..traffic.sources import Setting, sources
-from .vectors import MANIFEST, replace_file
+from ..writing import replace_file
+from .vectors import MANIFEST
 
 DIRECTORY = Path("golden/traffic")
 COUNTS = "counts.json"
@@ -69,6 +70,11 @@ def update(directory: Path = DIRECTORY) -> list[str]:
         manifest = json.dumps({"files": {COUNTS: entry}}, indent=1) + "\n"
         replace_file(directory / MANIFEST, manifest.encode())
     return changes
+
+
+def files() -> list[str]:
+    """The names of the files that ``update`` may write."""
+    return [COUNTS, MANIFEST]
 
 
 def _differences(stored: Any, made: dict[str, dict[str, Any]]) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 from attn_reference.inputs import Inputs
 from attn_reference.problem import Problem
 
+from ..writing import replace_file
 from .problems import VECTORS, answers, rounding_bounds, vector_inputs
 
 DIRECTORY = Path("golden/vectors")
@@ -76,6 +76,11 @@ def update(directory: Path = DIRECTORY) -> list[str]:
     known = {MANIFEST, *(name + SUFFIX for name in VECTORS)}
     strangers = [path.name for path in sorted(directory.iterdir()) if path.name not in known]
     return changes + [f"{stranger}: unknown file, left alone" for stranger in strangers]
+
+
+def files() -> list[str]:
+    """The names of the files that ``update`` may write."""
+    return [MANIFEST, *(name + SUFFIX for name in VECTORS)]
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
@@ -185,10 +190,3 @@ def _write(path: Path, problem: Problem) -> dict[str, Any]:
         "attnproof": version("attnproof"),
         "torch": torch.__version__,
     }
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
