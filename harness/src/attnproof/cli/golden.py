@@ -80,12 +80,12 @@ def update(directory: Directory = None) -> None:
     for folder, kind in folders:
         try:
             with progress_console().status(f"recomputing {folder}"):
-                changes = kind.update(folder)
+                done = kind.update(folder)
         except OSError as error:
             stop(f"golden update: {folder}: {error.strerror}")
-        for change in changes:
-            typer.echo(change)
-        typer.echo(f"{plural(len(changes), 'change')} in {folder}")
+        for line in (*done.changed, *done.notes):
+            typer.echo(line)
+        typer.echo(f"{plural(len(done.changed), 'file')} changed in {folder}")
 
 
 @golden.command()
