@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from attn_reference.inputs import Gradients
 from attn_reference.problem import CAUSAL_ALIGNMENTS, DTYPES, Problem
+from attnproof.cli.main import app
 from attnproof.golden import vectors as golden
 from attnproof.golden.problems import VECTORS, answers, rounding_bounds, vector_inputs
 
@@ -25,6 +27,11 @@ def some(tmp_path, monkeypatch):
     golden.update(tmp_path)
     assert golden.verify(tmp_path) == []
     return tmp_path
+
+
+def times(directory):
+    """When each file was written."""
+    return {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
 
 
 def rewrite(directory, name, change):
@@ -164,7 +171,11 @@ def test_truncated_and_missing_files_are_found(some):
 def test_unknown_file_is_found_and_left_alone(some):
     (some / "stranger.bin").write_bytes(b"1")
     assert golden.verify(some) == ["stranger.bin: unknown file"]
-    assert golden.update(some) == ["stranger.bin: unknown file, left alone"]
+    before = times(some)
+    update = golden.update(some)
+    assert update.changed == []
+    assert update.notes == ["stranger.bin: unknown file, left alone"]
+    assert times(some) == before
     assert (some / "stranger.bin").exists()
 
 
@@ -177,7 +188,8 @@ def test_bad_manifest_is_found_and_made_again(some, content):
     original = path.read_text()
     path.unlink() if content is None else path.write_text(content)
     assert golden.verify(some)[0].startswith("manifest.json: ")
-    golden.update(some)
+    update = golden.update(some)
+    assert update.changed[-1].startswith("manifest.json: written (")
     assert path.read_text() == original
 
 
@@ -200,20 +212,51 @@ def test_vector_of_another_problem_is_found(some):
 def test_update_rewrites_only_what_changed(some):
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in some.iterdir()}
     rewrite(some, "everything", lambda tensors: tensors["out"].mul_(2))
-    (change,) = golden.update(some)
-    assert change.startswith("everything: written (out differs in ")
+    vector, manifest = golden.update(some).changed
+    assert vector.startswith("everything: written (out differs in ")
+    assert manifest == "manifest.json: written"
     after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in some.iterdir()}
     assert after["dense-bf16.safetensors"] == before["dense-bf16.safetensors"]
     assert {n: c for n, (c, _) in after.items()} == {n: c for n, (c, _) in before.items()}
-    assert golden.update(some) == []
+    assert golden.update(some).changed == []
 
 
 def test_update_removes_what_is_no_longer_a_vector(some, monkeypatch):
     monkeypatch.setattr(golden, "VECTORS", {"everything": VECTORS["everything"]})
     assert golden.verify(some) == ["dense-bf16: in the manifest, but not a vector of this version"]
-    assert golden.update(some) == ["dense-bf16: removed, no longer a vector"]
+    assert golden.update(some).changed == [
+        "dense-bf16: removed, no longer a vector",
+        "manifest.json: written",
+    ]
     assert golden.verify(some) == []
     assert not (some / "dense-bf16.safetensors").exists()
+
+
+def test_a_vector_that_is_gone_already_is_not_counted_as_removed(some, monkeypatch):
+    monkeypatch.setattr(golden, "VECTORS", {"everything": VECTORS["everything"]})
+    (some / "dense-bf16.safetensors").unlink()
+    assert golden.update(some).changed == [
+        "manifest.json: written (dense-bf16 is no longer a vector)"
+    ]
+
+
+def test_the_command_counts_the_files_that_it_changed(some):
+    (some / "stranger.bin").write_bytes(b"1")
+    (some / "dense-bf16.safetensors").unlink()
+    before = times(some)
+    result = CliRunner().invoke(app, ["golden", "update", str(some)])
+    after = times(some)
+    assert after.keys() - before.keys() == {"dense-bf16.safetensors"}
+    assert {name for name in before if after[name] != before[name]} == {"manifest.json"}
+    assert result.stdout.splitlines() == [
+        "dense-bf16: written (dense-bf16.safetensors is missing)",
+        "manifest.json: written",
+        "stranger.bin: unknown file, left alone",
+        f"2 files changed in {some}",
+    ]
+    result = CliRunner().invoke(app, ["golden", "update", str(some)])
+    assert result.stdout.splitlines()[-1] == f"0 files changed in {some}"
+    assert times(some) == after
 
 
 def test_missing_directory_is_a_difference(tmp_path):

@@ -132,9 +132,9 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few")
 def test_golden_counts_are_pinned(tmp_path: Path) -> None:
-    assert golden.update(tmp_path)
+    assert golden.update(tmp_path).changed == ["counts.json: written", "manifest.json: written"]
     assert golden.verify(tmp_path) == []
-    assert golden.update(tmp_path) == []
+    assert golden.update(tmp_path).changed == []
     file = tmp_path / golden.COUNTS
     stored = json.loads(file.read_text())
     setting = str(golden.settings()[0])
@@ -146,6 +146,9 @@ def test_golden_counts_are_pinned(tmp_path: Path) -> None:
     assert "SHA-256" in said
     assert f"{setting}: tiled-v1: matmul" in said
     assert f"{setting}: standard is new" in said
+    update = golden.update(tmp_path)
+    assert update.notes == said.splitlines()
+    assert update.changed == ["counts.json: written"], "the manifest was right"
     file.write_text("{")
     assert "not readable" in golden.verify(tmp_path)[0]
 

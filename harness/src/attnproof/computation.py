@@ -25,6 +25,7 @@ from attn_reference.validation import validate
 from .backend import Capabilities
 from .judge.form import canonical_lse
 from .plan import CallResult
+from .writing import replacing
 
 INPUTS = tuple(f.name for f in fields(Inputs))
 GRADIENTS = tuple(f"d{name}" for name in GRADIENT_NAMES)
@@ -78,7 +79,8 @@ def save_computation(
     # Each tensor in memory of its own: safetensors refuses shared memory.
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     try:
-        save_file(plain, path, metadata=metadata)
+        with replacing(path) as part:
+            save_file(plain, part, metadata=metadata)
     except SafetensorError as error:
         raise OSError(None, str(error)) from None
 

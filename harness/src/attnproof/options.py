@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .writing import unwritable
+
 if TYPE_CHECKING:
     from .cases import Case
     from .subject import Subject
@@ -196,24 +198,17 @@ def _check(options: Options) -> None:
         raise OptionError(f"--attn-skip-budget {options.skip_budget}: accepted is 0 or more cases")
     if options.resume and options.json is None:
         raise OptionError("--attn-resume: needs --attn-json, which names the run to go on with")
-    if options.json is not None and (why := _unwritable(options.json)):
+    if options.json is not None and (why := unwritable(options.json)):
         raise OptionError(f"--attn-json {str(options.json)!r}: {why}")
+    if options.journal is not None and (why := unwritable(options.journal)):
+        raise OptionError(
+            f"--attn-json {str(options.json)!r}: its journal {options.journal.name} {why}"
+        )
     if options.case is not None:
         try:
             cases.find_case(options.case)
         except ValueError as error:
             raise OptionError(f"--attn-case: {error}") from None
-
-
-def _unwritable(path: Path) -> str | None:
-    """Why a file cannot be written there, as far as can be told before a run."""
-    if path.is_dir():
-        return "is a folder; accepted is a file"
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent}"
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        return "may not be written"
-    return None
 
 
 def resolved_device(device: str) -> str:

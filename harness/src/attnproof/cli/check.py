@@ -16,6 +16,7 @@ from ..record import CaseRecord
 from ..report.summary import FAILED, Exit, Summary, plural, summarise
 from ..report.table import feature_table
 from ..report.verdict_text import gist, verdict_text
+from ..writing import unwritable
 from .common import (
     Device,
     InProcess,
@@ -118,6 +119,11 @@ def check(
     )
     if report is not None and report.exists() and not report.is_dir():
         stop(f"--report {report}: is a file; accepted is a folder")
+    if report is not None and report.is_dir():
+        from ..report.page import PAGE  # imports matplotlib, which --help can do without
+
+        if why := unwritable(report / PAGE):
+            stop(f"--report {str(report)!r}: its {PAGE} {why}")
     progress = progress_console()
     if model is None:
         session = run_session(options, _workers(workers, options), Watcher(progress))

@@ -13,6 +13,7 @@ from ..report.results import write_results
 from ..report.summary import FAILED, Exit, plural, summarise
 from ..report.table import feature_table
 from ..report.verdict_text import verdict_text
+from ..writing import unwritable
 from .common import (
     Device,
     InProcess,
@@ -70,15 +71,21 @@ def verify(directory: Directory = None) -> None:
 @golden.command()
 def update(directory: Directory = None) -> None:
     """Rewrite what no longer agrees, and say what."""
-    for folder, kind in _folders(directory):
+    folders = _folders(directory)
+    for folder, kind in folders:
+        for name in kind.files():
+            # A folder that is missing will be made.
+            if folder.is_dir() and (why := unwritable(folder / name)):
+                stop(f"golden update {str(folder)!r}: its {name} {why}")
+    for folder, kind in folders:
         try:
             with progress_console().status(f"recomputing {folder}"):
-                changes = kind.update(folder)
+                done = kind.update(folder)
         except OSError as error:
             stop(f"golden update: {folder}: {error.strerror}")
-        for change in changes:
-            typer.echo(change)
-        typer.echo(f"{plural(len(changes), 'change')} in {folder}")
+        for line in (*done.changed, *done.notes):
+            typer.echo(line)
+        typer.echo(f"{plural(len(done.changed), 'file')} changed in {folder}")
 
 
 @golden.command()

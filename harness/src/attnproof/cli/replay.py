@@ -10,6 +10,7 @@ import typer
 from ..options import Options, make_subject
 from ..report.summary import FAILED, Exit, exit_status
 from ..report.verdict_text import verdict_text
+from ..writing import unwritable
 from .common import (
     Device,
     InProcess,
@@ -74,6 +75,8 @@ def replay(
         in_process=in_process,
         case=case_id,
     )
+    if save is not None and (why := unwritable(save)):
+        stop(f"--save {str(save)!r}: {why}")
     try:
         subject = make_subject(options)
     except LoadError as error:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..traffic.sources import Setting, sources
-from .vectors import MANIFEST, replace_file
+from ..writing import replace_file
+from .vectors import MANIFEST, Update
 
 DIRECTORY = Path("golden/traffic")
 COUNTS = "counts.json"
@@ -54,21 +55,30 @@ def verify(directory: Path = DIRECTORY) -> list[str]:
     return differences + _differences(stored, counts())
 
 
-def update(directory: Path = DIRECTORY) -> list[str]:
-    """Write the counts made here where they differ: what changed."""
+def update(directory: Path = DIRECTORY) -> Update:
+    """Write the counts made here where they differ; the notes say in what."""
     directory.mkdir(parents=True, exist_ok=True)
-    changes = verify(directory)
-    if changes:
+    differences = verify(directory)
+    changed = []
+    if differences:
         text = (json.dumps(counts(), indent=1) + "\n").encode()
-        replace_file(directory / COUNTS, text)
         entry = {
             "sha256": hashlib.sha256(text).hexdigest(),
             "attnproof": version("attnproof"),
             "torch": torch.__version__,
         }
         manifest = json.dumps({"files": {COUNTS: entry}}, indent=1) + "\n"
-        replace_file(directory / MANIFEST, manifest.encode())
-    return changes
+        for name, content in ((COUNTS, text), (MANIFEST, manifest.encode())):
+            path = directory / name
+            if not (path.is_file() and path.read_bytes() == content):
+                replace_file(path, content)
+                changed.append(f"{name}: written")
+    return Update(changed=changed, notes=differences)
+
+
+def files() -> list[str]:
+    """The names of the files that ``update`` may write."""
+    return [COUNTS, MANIFEST]
 
 
 def _differences(stored: Any, made: dict[str, dict[str, Any]]) -> list[str]:

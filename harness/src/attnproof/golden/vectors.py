@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,22 @@ from torch import Tensor
 from attn_reference.inputs import Inputs
 from attn_reference.problem import Problem
 
+from ..writing import replace_file
 from .problems import VECTORS, answers, rounding_bounds, vector_inputs
 
 DIRECTORY = Path("golden/vectors")
 MANIFEST = "manifest.json"
 SUFFIX = ".safetensors"
 NAME = re.compile(r"[a-z0-9-]+")  # no way out of the directory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What an update did: a sentence for each file that was written or removed, and what else
+    there is to say."""
+
+    changed: list[str]
+    notes: list[str]
 
 
 def verify(directory: Path = DIRECTORY) -> list[str]:
@@ -53,29 +63,42 @@ def verify(directory: Path = DIRECTORY) -> list[str]:
     return differences
 
 
-def update(directory: Path = DIRECTORY) -> list[str]:
-    """Rewrite the vectors that ``verify`` would find different, and the manifest: what changed.
+def update(directory: Path = DIRECTORY) -> Update:
+    """Rewrite the vectors that ``verify`` would find different, and the manifest.
 
     Vectors that agree keep their bytes. A file that no manifest knew is reported, not removed.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    manifest, changes = _read_manifest(directory)
+    manifest, wrong = _read_manifest(directory)
+    why_manifest = [sentence.removeprefix(f"{MANIFEST}: ") for sentence in wrong]
+    changed = []
     for name in sorted(manifest.keys() - VECTORS.keys()):
         del manifest[name]
-        (directory / (name + SUFFIX)).unlink(missing_ok=True)
-        changes.append(f"{name}: removed, no longer a vector")
+        try:
+            (directory / (name + SUFFIX)).unlink()
+            changed.append(f"{name}: removed, no longer a vector")
+        except FileNotFoundError:
+            why_manifest.append(f"{name} is no longer a vector")
     for name, problem in VECTORS.items():
         path = directory / (name + SUFFIX)
         if why := _compare(path, manifest.get(name), problem):
             manifest[name] = _write(path, problem)
-            changes.append(f"{name}: written ({'; '.join(why)})")
-    if changes:
+            changed.append(f"{name}: written ({'; '.join(why)})")
+    if changed or why_manifest:
         entries = {name: manifest[name] for name in sorted(manifest)}
         text = json.dumps({"vectors": entries}, indent=1) + "\n"
         replace_file(directory / MANIFEST, text.encode())
+        because = f" ({'; '.join(why_manifest)})" if why_manifest else ""
+        changed.append(f"{MANIFEST}: written{because}")
     known = {MANIFEST, *(name + SUFFIX for name in VECTORS)}
     strangers = [path.name for path in sorted(directory.iterdir()) if path.name not in known]
-    return changes + [f"{stranger}: unknown file, left alone" for stranger in strangers]
+    notes = [f"{stranger}: unknown file, left alone" for stranger in strangers]
+    return Update(changed=changed, notes=notes)
+
+
+def files() -> list[str]:
+    """The names of the files that ``update`` may write."""
+    return [MANIFEST, *(name + SUFFIX for name in VECTORS)]
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
@@ -185,10 +208,3 @@ def _write(path: Path, problem: Problem) -> dict[str, Any]:
         "attnproof": version("attnproof"),
         "torch": torch.__version__,
     }
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)

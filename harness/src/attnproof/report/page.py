@@ -17,6 +17,7 @@ from ..diagnosis.heat_map import SHADES
 from ..options import Options
 from ..record import CaseRecord
 from ..verdict import Status
+from ..writing import replace_file
 from .plots import by_tensor, features
 from .summary import FAILED, Summary, worst_of
 from .table import count_columns, number
@@ -60,7 +61,7 @@ def write_report(
     )
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / PAGE
-    path.write_text(text, encoding="utf-8")
+    replace_file(path, text.encode())
     return path
 
 

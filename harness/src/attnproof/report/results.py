@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from ..environment import environment
 from ..options import Options
 from ..record import CaseRecord, json_values
+from ..writing import replace_file
 from .summary import document
 
 
@@ -28,11 +28,8 @@ def write_results(
     run = asdict(options) | {"json": str(options.json)}
     found = json_values(document(records, environment(), run, complaints, unavailable))
     text = json.dumps(found, indent=1, allow_nan=False)
-    part = options.json.with_name(options.json.name + ".part")
     try:
-        part.write_text(text + "\n", encoding="utf-8")
-        os.replace(part, options.json)
+        replace_file(options.json, f"{text}\n".encode())
     except OSError as error:
-        part.unlink(missing_ok=True)
         return [f"{options.json}: cannot be written: {error.strerror}"]
     return []
