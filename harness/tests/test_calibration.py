@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,23 @@ def test_figures_of_several_instruction_sets_and_without_room(
     assert table[3].endswith("| – (0.50) | – | – |")
     assert main(["--figures", str(old), "--table", "room"]) == 1
     assert capsys.readouterr().out == "no room by term in the figures\n"
+
+
+DOCUMENTED = re.compile(
+    r"<!-- output of: python -m attnproof.calibration (.+?) -->\n\n(.+?)\n\n?<!-- end", re.DOTALL
+)
+
+
+def test_the_documentation_shows_the_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    shown = DOCUMENTED.findall(Path("docs/calibration.md").read_text("utf-8"))
+    assert len(shown) == 4
+    for arguments, text in shown:
+        main(arguments.split())
+        table = text.removeprefix("```text\n").removesuffix("\n```")
+        assert capsys.readouterr().out.strip() == table
 
 
 def test_workers_give_the_same_measurements(tmp_path: Path) -> None:
