@@ -105,6 +105,52 @@ def test_another_problem_is_named(other: Other) -> None:
     assert said[0].startswith("out and lse equal attention with ")
 
 
+# More queries than keys: most rows see no key, and have no budget of their own to be compared in.
+TALL = PLAIN.replace(seqlen_q=129, seqlen_k=33, causal="bottom-right")
+NO_KEYS_SEEN = [
+    Other(TALL, TALL.replace(causal="top-left"), "top-left causal alignment"),
+    Other(TALL, TALL.replace(causal="none"), "the causal mask ignored"),
+    Other(
+        TALL.replace(causal="top-left", window=(2, 0)),
+        TALL.replace(causal="top-left", window=(3, 0)),
+        "the window one key long on the left (3, 0, not 2, 0)",
+    ),
+    # As good a name as the mask ignored.
+    Other(PLAIN.replace(mask="nothing"), PLAIN, "the boolean mask inverted"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("other", NO_KEYS_SEEN, ids=str)
+def test_a_mistake_is_named_where_the_right_answer_sees_no_key(other: Other, dtype: str) -> None:
+    asked, computed = (p.replace(dtype=dtype) for p in (other.asked, other.computed))
+    inputs = make_inputs(asked)
+    given = replace(inputs, mask=inputs.mask if computed.mask else None)
+    said = diagnosed(asked, answered(computed, given), inputs)
+    assert said[0].startswith("out and lse equal attention with ")
+    assert other.words in said[0]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_its_gradients_are_named_too(dtype: str) -> None:
+    """dq of the first query, of a single key, is zero but for its rounding."""
+    problem = TALL.replace(dtype=dtype, gradients=("q", "k", "v"))
+    inputs = make_inputs(problem)
+    said = diagnosed(problem, answered(problem.replace(causal="top-left"), inputs), inputs)
+    assert said == [
+        "out, lse, dq, dk and dv equal attention with top-left causal alignment "
+        "(bottom-right was asked for)"
+    ]
+
+
+def test_a_little_noise_where_no_key_is_seen_looks_like_nothing() -> None:
+    problem = TALL.replace(dtype="fp32")
+    result = answered(problem, make_inputs(problem))
+    assert result.attention is not None
+    result.attention.out[:, :, :96] += 1e-8
+    assert diagnosed(problem, result) == []
+
+
 @dataclass(frozen=True)
 class Misread:
     """A problem, and the inputs that were computed with in place of its own."""

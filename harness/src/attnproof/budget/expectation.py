@@ -7,6 +7,8 @@ computed together, a chunk of query rows at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from attn_reference.inputs import Inputs, output_shape
@@ -14,7 +16,7 @@ from attn_reference.precision import Precision
 from attn_reference.problem import Problem
 from attn_reference.rounding import Rounding
 from attn_reference.scores import KeyHead
-from attn_reference.sequences import sequences
+from attn_reference.sequences import Sequence, sequences
 
 from ..inputs.make import is_iid
 from .backward import backward_chunk
@@ -26,6 +28,8 @@ from .units import Units
 
 __all__ = ["Expected", "expectation"]
 
+Head = Callable[[Sequence, Problem, int, Rounding], KeyHead]
+
 
 @torch.no_grad()
 def expectation(
@@ -35,16 +39,18 @@ def expectation(
     *,
     terms: bool = False,
     iid: bool | None = None,
+    head: Head = KeyHead,
 ) -> dict[str, Expected]:
     """What out, lse and the gradients that ``problem`` names (dq, dk, dv, dbias, dsinks) should be.
 
     In canonical shapes, on the device of the inputs. ``terms`` keeps the bound by term;
     ``iid`` says whether the inputs are independent and identically distributed, so that out
-    gets a sigma (None: as ``inputs.make.is_iid`` says). With dropout inputs.keep_mask must
-    be there, and with gradients inputs.grad_out.
+    gets a sigma (None: as ``inputs.make.is_iid`` says). ``head`` makes the key/value heads:
+    one with other scores gives what another attention than that of the problem should be. With
+    dropout inputs.keep_mask must be there, and with gradients inputs.grad_out.
     """
     return _Expectation(
-        problem, inputs, precision, terms, is_iid(problem) if iid is None else iid
+        problem, inputs, precision, terms, is_iid(problem) if iid is None else iid, head
     ).carry_out()
 
 
@@ -52,9 +58,15 @@ class _Expectation:
     """One walk over the sequences, key/value heads and query rows of a problem."""
 
     def __init__(
-        self, problem: Problem, inputs: Inputs, precision: Precision, terms: bool, iid: bool
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        precision: Precision,
+        terms: bool,
+        iid: bool,
+        head: Head,
     ) -> None:
-        self.problem, self.inputs, self.iid = problem, inputs, iid
+        self.problem, self.inputs, self.iid, self.head = problem, inputs, iid, head
         self.units = Units(problem, precision)
         self.backward = bool(problem.gradients)
         shape = torch.Size(output_shape(problem))
@@ -73,7 +85,7 @@ class _Expectation:
         rounding = Rounding(self.problem, None)
         for sequence in sequences(self.inputs, self.problem):
             for kv_head in range(self.problem.kv_heads):
-                self._one_head(KeyHead(sequence, self.problem, kv_head, rounding), kv_head)
+                self._one_head(self.head(sequence, self.problem, kv_head, rounding), kv_head)
         return {name: self._stored(name) for name in self.ledgers}
 
     def _stored(self, name: str) -> Expected:

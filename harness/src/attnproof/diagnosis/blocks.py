@@ -116,16 +116,21 @@ def blocks(problem: Problem, inputs: Inputs, rows: Rows) -> Iterator[Block]:
     for entry, sequence in enumerate(sequences(inputs, problem)):
         for kv_head in range(problem.kv_heads):
             head = KeyHead(sequence, problem, kv_head, exact)
-            start = sequence.rows[2]
-            assert isinstance(start, slice)
             for part in rows(entry, sequence.len_q):
-                moved = slice(start.start + part.start, start.start + part.stop)
-                yield Block(
-                    head=head,
-                    chunk=head.scores(part),
-                    index=(sequence.rows[0], head.query_heads, moved),
-                    entry=entry,
-                )
+                yield block(head, head.scores(part), entry)
+
+
+def block(head: KeyHead, chunk: ChunkScores, entry: int) -> Block:
+    """The block of these scores, of the sequence of that number."""
+    first = head.sequence.rows[2]
+    assert isinstance(first, slice)
+    moved = slice(first.start + chunk.rows.start, first.start + chunk.rows.stop)
+    return Block(
+        head=head,
+        chunk=chunk,
+        index=(head.sequence.rows[0], head.query_heads, moved),
+        entry=entry,
+    )
 
 
 def forward(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attn_reference.inputs import Inputs
+from attn_reference.precision import Precision
 from attn_reference.problem import Problem
 
 from .blocks import (
@@ -25,6 +26,7 @@ from .blocks import (
     maximum,
     right_softmax,
 )
+from .own_budget import Budgeted
 
 FORWARD = ("out", "lse")
 BACKWARD = ("dq", "dk", "dv", "dbias", "dsinks")
@@ -40,6 +42,7 @@ class Case:
     truth: Answer
     actual: Answer
     rows: Rows  # the query rows that are looked at
+    precision: Precision | None = None  # None: an answer of its own has no budget
     # Problems and inputs of calls made before this one in the same process.
     earlier: Sequence[tuple[Problem, Inputs]] = field(default=())
 
@@ -63,7 +66,10 @@ class Case:
             result = answer = forward(problem, inputs, self.rows, scores, softmax)
         if self.wanted & set(BACKWARD):
             answer = answer | backward(problem, inputs, self.rows, result, scores)
-        return self._only_wanted(answer)
+        answer = self._only_wanted(answer)
+        if self.precision is None or softmax is not right_softmax or result is self.truth:
+            return answer
+        return Budgeted(answer, problem, inputs, self.precision, scores)
 
     def changed(self, **fields: object) -> dict[str, Tensor]:
         """Attention with other values of the problem."""

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,10 +35,11 @@ from . import (  # noqa: F401  (their functions register themselves)
     softmax,
     storage,
 )
-from .blocks import Rows
+from .blocks import Answer, Rows
 from .case import BACKWARD, FORWARD, MISTAKES, Case, Mistake, Stage
 from .fit import Compared, Fit, compared
 from .heat_map import heat_map, where
+from .own_budget import Budgeted
 
 __all__ = ["Examined", "diagnose", "examine", "heat_map"]
 
@@ -111,6 +113,7 @@ def examine(
         truth={name: e.value for name, e in expected.items()},
         actual={name: c.actual for name, c in deviating.items()},
         rows=region.rows,
+        precision=precision if region.looked is None else None,
         earlier=earlier,
     )
     found = _best(_search(case, table, deviating, region.looked, seconds))
@@ -195,11 +198,16 @@ def _offers(
     fits: dict[str, dict[str, Fit]] = {}
     for words, answer in entry.guesses(case):
         for name, value in answer.items():
-            if fit := deviating[name].fit(value, looked):
+            if fit := deviating[name].fit(value, looked, partial(_own_bound, answer, name)):
                 fits.setdefault(words, {}).setdefault(name, fit)
         if time.monotonic() > deadline:
             break
     return [_Explanation(entry, words, by_name) for words, by_name in fits.items()]
+
+
+def _own_bound(answer: Answer, name: str) -> Tensor | None:
+    """The budget of a mistaken answer, None where it has none of its own."""
+    return answer.bounds.get(name) if isinstance(answer, Budgeted) else None
 
 
 def _best(found: Iterable[_Explanation]) -> list[_Explanation]:
