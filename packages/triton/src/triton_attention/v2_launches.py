@@ -19,7 +19,7 @@ from .arguments import Arguments
 from .kernels.dropout import NO_DROPOUT, Dropout, keep_mask
 from .kernels.scores import Rule
 from .kernels.sequences import Sequences
-from .kernels.tensors import matrix, vector
+from .kernels.tensors import matrix
 from .kernels.v2_backward import delta, keys_and_values, queries
 from .kernels.v2_bias_gradient import bias_gradient
 from .kernels.v2_combine import combine
@@ -70,7 +70,7 @@ class Launches:
                     "k": matrix(x.k),
                     "v": matrix(x.v),
                     "out": matrix(found),
-                    "lse": vector(found_lse),
+                    "lse": found_lse,
                     "sinks": _without_gaps(x.sinks),
                     "heads": heads // pack,
                     "blocks": blocks,
@@ -97,7 +97,7 @@ class Launches:
         """Those gradients of q, k, v and bias that are ``wanted``, each in the dtype of its tensor,
         and ``delta``, rowsum(dO * O) - dLSE, (B, Hq, Sq) fp32."""
         x = self.x
-        deltas = torch.empty_like(lse)
+        deltas = torch.empty_like(lse, memory_format=torch.contiguous_format)
         launches = [self._delta(out, grad_out, grad_lse, deltas, tiles)]
         tensors = {"delta": deltas}
         saved: dict[str, Any] = {
@@ -105,8 +105,8 @@ class Launches:
             "k": matrix(x.k),
             "v": matrix(x.v),
             "grad_out": matrix(grad_out),
-            "lse": vector(lse),
-            "deltas": vector(deltas),
+            "lse": lse.contiguous(),
+            "deltas": deltas,
         }
         lengths, packed = (x.seqlen_q, x.seqlen_k), x.cu_seqlens_q is not None
         if wanted & {"k", "v"}:
@@ -205,6 +205,7 @@ class Launches:
                 "rule": self._rule,
                 "sequences": self._sequences,
                 "dropout": self._dropout,
+                "lse_rows": x.q.shape[2],
                 "seqlen_q": x.seqlen_q,
                 "seqlen_k": x.seqlen_k,
                 "bottom_right": int(x.causal != "top-left"),
@@ -235,8 +236,8 @@ class Launches:
             arguments={
                 "out": matrix(out),
                 "grad_out": matrix(grad_out),
-                "grad_lse": vector(grad_lse),
-                "deltas": vector(deltas),
+                "grad_lse": None if grad_lse is None else grad_lse.contiguous(),
+                "deltas": deltas,
                 "rows": rows,
                 "heads": heads,
                 "blocks": blocks,

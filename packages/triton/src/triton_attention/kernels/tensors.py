@@ -57,6 +57,12 @@ def at(tensor, batch, head):
 
 
 @triton.jit
+def first_row(batch, head, heads, rows):
+    """Offset of row 0 of a batch entry and head in a contiguous tensor (batch, head, row)."""
+    return (batch.to(tl.int64) * heads + head) * rows
+
+
+@triton.jit
 def score_offsets(place, query_head, i, j, batch, head, row, column):
     """Offsets, by these strides, of query i and key j in a tensor (batch, head, query, key)."""
     start = place.entry.to(tl.int64) * batch + query_head.to(tl.int64) * head

@@ -12,10 +12,11 @@ from . import scores
 from .dropout import dropped
 from .masks import key_range, query_range
 from .sequences import key_offsets, keys_at, locate, pages_of
-from .tensors import at, load_rows, store_rows
+from .tensors import at, first_row, load_rows, store_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SIZES = ["seqlen_q", "seqlen_k", "bottom_right", "left", "right", "group", "heads", "blocks"]
+SIZES += ["lse_rows"]
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "blocks"])
@@ -23,9 +24,8 @@ def delta(
     out, grad_out, grad_lse, deltas, rows, heads, blocks,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """deltas (batch, head, row) = rowsum(dO * O) - dLSE, which dS = P * (dP - delta) needs.
-
-    Grid: blocks of rows x heads x batch entries.
+    """deltas = rowsum(dO * O) - dLSE, which dS = P * (dP - delta) needs; deltas and grad_lse are
+    contiguous (batch, head, row). Grid: blocks of rows x heads x batch entries.
     """
     program = tl.program_id(0)
     block, rest = program % blocks, program // blocks
@@ -38,14 +38,15 @@ def delta(
         at(grad_out, entry, head), wide * grad_out.row, grad_out.column, inside, WIDTH, PADDED
     )
     total = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
-    if grad_lse.ptr is not None:
-        total -= tl.load(at(grad_lse, entry, head) + wide * grad_lse.row, mask=inside, other=0.0)
-    tl.store(at(deltas, entry, head) + wide * deltas.row, total, mask=inside)
+    place = first_row(entry, head, heads, rows) + wide
+    if grad_lse is not None:
+        total -= tl.load(grad_lse + place, mask=inside, other=0.0)
+    tl.store(deltas + place, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def keys_and_values(
-    q, k, v, grad_out, lse, deltas, grad_k, grad_v, rule, sequences, dropout,
+    q, k, v, grad_out, lse, deltas, grad_k, grad_v, rule, sequences, dropout, lse_rows,
     seqlen_q, seqlen_k, bottom_right, left, right, group, heads, blocks,
     shape: tl.constexpr, MASK_RULE: tl.constexpr,
 ):  # fmt: skip
@@ -82,19 +83,21 @@ def keys_and_values(
         whole, edge = begin, begin
     for member in range(group):
         head = kv_head * group + member
+        row_0 = first_row(place.entry, head, heads * group, lse_rows)
+        lse_start, delta_start = lse + row_0, deltas + row_0
         if shape.bounded_right:
             dk, dv = over_rows(
-                dk, dv, k_tile, v_tile, q, grad_out, lse, deltas, j, head, place, rule, dropout,
-                begin, whole, True, shape, MASK_RULE,
+                dk, dv, k_tile, v_tile, q, grad_out, lse_start, delta_start, j, head, place, rule,
+                dropout, begin, whole, True, shape, MASK_RULE,
             )  # fmt: skip
         if not shape.hidden_anywhere:
             dk, dv = over_rows(
-                dk, dv, k_tile, v_tile, q, grad_out, lse, deltas, j, head, place, rule, dropout,
-                whole, edge, False, shape, MASK_RULE,
+                dk, dv, k_tile, v_tile, q, grad_out, lse_start, delta_start, j, head, place, rule,
+                dropout, whole, edge, False, shape, MASK_RULE,
             )  # fmt: skip
         dk, dv = over_rows(
-            dk, dv, k_tile, v_tile, q, grad_out, lse, deltas, j, head, place, rule, dropout,
-            edge, end, True, shape, MASK_RULE,
+            dk, dv, k_tile, v_tile, q, grad_out, lse_start, delta_start, j, head, place, rule,
+            dropout, edge, end, True, shape, MASK_RULE,
         )  # fmt: skip
     store_rows(
         dk * rule.scale, at(grad_k, place.entry, kv_head), wide * grad_k.row, grad_k.column, inside,
@@ -108,7 +111,7 @@ def keys_and_values(
 
 @triton.jit
 def over_rows(
-    dk, dv, k_tile, v_tile, q, grad_out, lse, deltas, j, head, place, rule, dropout,
+    dk, dv, k_tile, v_tile, q, grad_out, lse_start, delta_start, j, head, place, rule, dropout,
     begin, end, MASKED: tl.constexpr, shape: tl.constexpr, MASK_RULE: tl.constexpr,
 ):  # fmt: skip
     """What the rows begin to end of one head add. Tiles are transposed, [keys, rows]: P and dS are
@@ -125,7 +128,7 @@ def over_rows(
         q_tile = load_rows(
             q_start, wide * q.row, q.column, inside, shape.head_dim, shape.padded_dim
         )
-        row_lse, row_delta = of_rows(lse, deltas, place, head, wide, inside)
+        row_lse, row_delta = of_rows(lse_start, delta_start, wide, inside)
         products = tl.dot(k_tile, tl.trans(q_tile), input_precision=shape.products)
         s, slope = scores.tile(products, query, key, head, place, rule, MASKED, shape, MASK_RULE)
         p = tl.exp2(s * rule.unit - row_lse[None, :])
@@ -147,11 +150,10 @@ def over_rows(
 
 
 @triton.jit
-def of_rows(lse, deltas, place, head, wide, inside):
+def of_rows(lse_start, delta_start, wide, inside):
     """LSE, as a power of two, and delta of some rows. Rows that saw no key, or are none, have no
     P: s - 0 is -inf where hidden, and s - inf is -inf everywhere."""
-    lse_at = at(lse, place.entry, head) + wide * lse.row
-    delta_at = at(deltas, place.entry, head) + wide * deltas.row
+    lse_at, delta_at = lse_start + wide, delta_start + wide
     if inside is None:
         row_lse, row_delta = tl.load(lse_at), tl.load(delta_at)
     else:
@@ -162,7 +164,7 @@ def of_rows(lse, deltas, place, head, wide, inside):
 
 @triton.jit(do_not_specialize=SIZES)
 def queries(
-    q, k, v, grad_out, lse, deltas, grad_q, rule, sequences, dropout,
+    q, k, v, grad_out, lse, deltas, grad_q, rule, sequences, dropout, lse_rows,
     seqlen_q, seqlen_k, bottom_right, left, right, group, heads, blocks,
     shape: tl.constexpr, MASK_RULE: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +190,8 @@ def queries(
         at(grad_out, place.entry, head), wide * grad_out.row, grad_out.column, inside,
         shape.head_dim_v, shape.padded_dim_v,
     )  # fmt: skip
-    row_lse, row_delta = of_rows(lse, deltas, place, head, wide, inside)
+    row_0 = first_row(place.entry, head, heads, lse_rows)
+    row_lse, row_delta = of_rows(lse + row_0, deltas + row_0, wide, inside)
     dq = tl.full([shape.block_m, shape.padded_dim], 0.0, tl.float32)
     last = tl.minimum(first + shape.block_m, place.len_q) - 1
     begin, whole, edge, end = key_range(first, last, place, shape, shape.block_n)

@@ -10,16 +10,16 @@ import triton.language as tl
 from . import scores
 from .dropout import dropped
 from .sequences import key_offsets, keys_at, locate, pages_of
-from .tensors import at, load_rows, score_offsets
+from .tensors import at, first_row, load_rows, score_offsets
 from .v2_backward import of_rows
 
 SIZES = ["seqlen_q", "seqlen_k", "bottom_right", "left", "right", "group", "heads", "batches"]
-SIZES += ["blocks_q", "blocks_k"]
+SIZES += ["blocks_q", "blocks_k", "lse_rows"]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def bias_gradient(
-    q, k, v, grad_out, lse, deltas, grad_bias, rule, sequences, dropout,
+    q, k, v, grad_out, lse, deltas, grad_bias, rule, sequences, dropout, lse_rows,
     seqlen_q, seqlen_k, bottom_right, left, right, group, heads, batches, blocks_q, blocks_k,
     OVER_BATCHES: tl.constexpr, OVER_HEADS: tl.constexpr,
     OVER_QUERIES: tl.constexpr, OVER_KEYS: tl.constexpr,
@@ -40,14 +40,16 @@ def bias_gradient(
         place = locate(
             sequences, first_batch * 0 + batch, seqlen_q, seqlen_k, bottom_right, left, right
         )
-        for head in range(first_head, last_head):
+        for member in range(first_head, last_head):
+            head = first_head * 0 + member
+            row_0 = first_row(place.entry, head, heads, lse_rows)
             for block_q in range(first_q, last_q):
                 i = block_q * shape.block_m + tl.arange(0, shape.block_m)
                 for block_k in range(first_k, last_k):
                     j = block_k * shape.block_n + tl.arange(0, shape.block_n)
                     total += gradient_of_scores(
-                        q, k, v, grad_out, lse, deltas, i, j, head // group,
-                        first_head * 0 + head, place, rule, sequences, dropout, shape, MASK_RULE,
+                        q, k, v, grad_out, lse + row_0, deltas + row_0, i, j, head // group,
+                        head, place, rule, sequences, dropout, shape, MASK_RULE,
                     )  # fmt: skip
     place = locate(sequences, first_batch, seqlen_q, seqlen_k, bottom_right, left, right)
     if sequences.cu_seqlens_q is not None:
@@ -82,7 +84,7 @@ def share(program, count, OVER: tl.constexpr):
 
 @triton.jit
 def gradient_of_scores(
-    q, k, v, grad_out, lse, deltas, i, j, kv_head, head, place, rule, sequences, dropout,
+    q, k, v, grad_out, lse_start, delta_start, i, j, kv_head, head, place, rule, sequences, dropout,
     shape: tl.constexpr, MASK_RULE: tl.constexpr,
 ):  # fmt: skip
     """P * (dP - delta) of one tile, fp32 [block_m, block_n], 0 where hidden."""
@@ -107,7 +109,7 @@ def gradient_of_scores(
         key_offsets(v, place, pages, j, shape.page_size),
         v.column, inside_k, shape.head_dim_v, shape.padded_dim_v,
     )  # fmt: skip
-    row_lse, row_delta = of_rows(lse, deltas, place, head, wide, inside_q)
+    row_lse, row_delta = of_rows(lse_start, delta_start, wide, inside_q)
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=shape.products)
     s, _ = scores.tile(products, query, key, head, place, rule, True, shape, MASK_RULE)
     p = tl.exp2(s * rule.unit - row_lse[:, None])

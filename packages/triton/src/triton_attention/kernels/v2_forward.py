@@ -21,13 +21,13 @@ from . import scores
 from .dropout import dropped
 from .masks import key_range
 from .sequences import key_offsets, keys_at, locate, pages_of
-from .tensors import at, load_rows, store_rows
+from .tensors import at, first_row, load_rows, store_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # What does not make code better when it is known to be 1 or a multiple of 16.
 SIZES = ["seqlen_q", "seqlen_k", "bottom_right", "left", "right", "group", "heads", "blocks"]
-SIZES += ["batches", "entries", "splits"]
+SIZES += ["batches", "entries", "splits", "lse_rows"]
 
 
 class Shape(NamedTuple):
@@ -51,11 +51,11 @@ class Shape(NamedTuple):
 
 @triton.jit(do_not_specialize=SIZES)
 def forward(
-    q, k, v, out, lse, rule, sinks, sequences, dropout,
+    q, k, v, out, lse, rule, sinks, sequences, dropout, lse_rows,
     seqlen_q, seqlen_k, bottom_right, left, right, group, heads, blocks, batches, entries, splits,
     shape: tl.constexpr, MASK_RULE: tl.constexpr,
 ):  # fmt: skip
-    """out (batch, head, row, column) and lse (batch, head, row), natural logarithm.
+    """out (batch, head, row, column) and lse, the natural logarithm, contiguous (batch, head, row).
 
     Grid: blocks of rows x heads x batches x splits, ``heads`` being query heads / pack. With
     splits, out and lse have ``entries`` batch entries for each split, split after split.
@@ -123,9 +123,10 @@ def forward(
         acc / tl.where(empty, 1.0, l)[:, None],
         at(out, entry, head), in_out, out.column, row < rows, shape.head_dim_v, shape.padded_dim_v,
     )  # fmt: skip
-    in_lse = (i + place.start_q).to(tl.int64) * lse.row + member.to(tl.int64) * lse.head
+    in_lse = (i + place.start_q).to(tl.int64) + member.to(tl.int64) * lse_rows
     natural = (m + tl.log2(tl.where(empty, 1.0, l))) * LN_2
-    tl.store(at(lse, entry, head) + in_lse, natural, mask=row < rows)
+    lse_start = lse + first_row(entry, head, heads * shape.pack, lse_rows)
+    tl.store(lse_start + in_lse, natural, mask=row < rows)
 
 
 @triton.jit
