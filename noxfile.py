@@ -176,7 +176,9 @@ def docs(session: nox.Session) -> None:
 @nox.session(venv_backend="none", default=False)
 def readme(session: nox.Session) -> None:
     """Print the outputs that README.md and docs/ show once more, from what commands say now."""
-    Environment(session).run("python", "tools/readme.py", "README.md", "docs/triton.md")
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    shown = [page for page in pages if "<!-- output of: " in page.read_text("utf-8")]
+    Environment(session).run("python", "tools/readme.py", *shown)
 
 
 @nox.session(default=False)
