@@ -251,6 +251,7 @@ def test_a_target_that_conforms(pytester, tmp_path):
     assert result.ret == pytest.ExitCode.OK
     result.stdout.fnmatch_lines(
         [
+            "loading *good.py:attention, up to 300 s",
             "attnproof: --attn-target=*good.py:attention*",
             "attnproof environment: *",
             "attnproof target: *on cpu, precision *",

@@ -1,9 +1,13 @@
-"""Following a run without a terminal: a line now and then."""
+"""Following a run: what is said while a target loads; without a terminal, a line now and then."""
 
 from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +15,12 @@ import pytest
 from rich.console import Console
 
 from attnproof.cli import progress as cli_progress
-from attnproof.cli.progress import Watcher
+from attnproof.cli.progress import Watcher, loading
+from attnproof.options import Options, loading_text
+
+OPTIONS = Options(target="some[thing].py:f")
+LOADING = "loading some[thing].py:f, up to 300 s"
+CASE = "heads/groups/b1_h4x2_q5_k9_d16_fp32"
 
 
 def report(status: str, known: str | None = None) -> Any:
@@ -19,15 +28,25 @@ def report(status: str, known: str | None = None) -> Any:
     return SimpleNamespace(user_properties=[("attnproof", json.dumps(record))])
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, quiet: float) -> tuple[Watcher, io.StringIO]:
+def watched(
+    monkeypatch: pytest.MonkeyPatch, quiet: float, *, terminal: bool = False
+) -> tuple[Watcher, io.StringIO]:
     monkeypatch.setattr(cli_progress, "QUIET_SECONDS", quiet)
     text = io.StringIO()
-    return Watcher(Console(file=text, width=100)), text
+    return Watcher(Console(file=text, width=100, force_terminal=terminal), OPTIONS), text
+
+
+def started(watcher: Watcher, seconds: float = 0.0) -> None:
+    """Let the session start, in which the target is loaded."""
+    hook = watcher.pytest_sessionstart()
+    next(hook)
+    time.sleep(seconds)
+    with pytest.raises(StopIteration):
+        next(hook)
 
 
 def test_every_outcome_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     watcher, text = watched(monkeypatch, quiet=-1.0)
-    watcher.pytest_sessionstart()
     watcher.pytest_collection_finish(SimpleNamespace(items=[1, 2, 3, 4]))  # type: ignore[arg-type]
     watcher.pytest_runtest_logreport(report("conforms"))
     watcher.pytest_runtest_logreport(SimpleNamespace(user_properties=[]))  # type: ignore[arg-type]
@@ -54,3 +73,98 @@ def test_the_number_of_cases_is_known_under_xdist(monkeypatch: pytest.MonkeyPatc
     watcher, _ = watched(monkeypatch, quiet=3600.0)
     watcher.pytest_xdist_node_collection_finished(None, ["a", "b"])
     assert watcher.total == 2
+
+
+def test_what_takes_long_to_load_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    watcher, text = watched(monkeypatch, quiet=0.05)
+    started(watcher, seconds=0.5)
+    assert text.getvalue() == f"{LOADING}\n"
+    watcher, text = watched(monkeypatch, quiet=3600.0)
+    started(watcher)
+    assert text.getvalue() == ""
+
+
+def test_the_bar_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    watcher, text = watched(monkeypatch, quiet=0.05, terminal=True)
+    started(watcher, seconds=0.5)
+    assert LOADING in text.getvalue()
+    watcher.pytest_collection_finish(SimpleNamespace(items=[1]))  # type: ignore[arg-type]
+    text.truncate(0)
+    time.sleep(0.3)
+    watcher.pytest_sessionfinish()
+    assert "0/1" in text.getvalue()
+    assert "loading" not in text.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_workers_load_the_target_themselves_and_the_first_case_ends_that(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    watcher, text = watched(monkeypatch, quiet=0.1, terminal=terminal)
+    started(watcher)
+    for _ in range(2):  # workers
+        watcher.pytest_xdist_node_collection_finished(None, ["a", "b"])
+    time.sleep(0.5)
+    assert LOADING in text.getvalue()
+    assert terminal or text.getvalue() == f"{LOADING}\n"
+    watcher.pytest_runtest_logreport(report("conforms"))
+    text.truncate(0)
+    time.sleep(0.5)
+    watcher.pytest_sessionfinish()
+    assert "loading" not in text.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_command_says_what_it_loads(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    monkeypatch.setattr(cli_progress, "QUIET_SECONDS", 0.05)
+    text = io.StringIO()
+    with loading(Console(file=text, force_terminal=terminal), OPTIONS):
+        time.sleep(0.5)
+    assert LOADING in text.getvalue()
+
+
+def test_nothing_moves_in_front_of_a_debugger_and_no_limit_is_said() -> None:
+    text = io.StringIO()
+    options = Options(target="x", in_process=True)
+    with loading(Console(file=text, force_terminal=True), options):
+        time.sleep(0.3)
+    assert text.getvalue() == ""
+    assert loading_text(options) == "loading x"
+
+
+COMMANDS = {
+    "check": ["check", "{target}", "--chapter=heads", "--workers=1"],
+    "replay": ["replay", CASE, "--target", "{target}"],
+    "model": ["check", "{target}", "--model=llama-tiny"],
+    "golden": ["golden", "check", "{target}", "--vectors", "{folder}/vectors"],
+}
+HURRIED = """
+from attnproof.cli import progress
+from attnproof.cli.main import main
+from attnproof.golden import vectors
+from attnproof.worker import runners
+
+progress.QUIET_SECONDS = 0.2
+runners.LOAD_SECONDS = 2.0
+vectors.VECTORS = {}
+vectors.update(vectors.Path(VECTORS_FOLDER))
+main()
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_import_that_hangs_is_no_silence(tmp_path: Path, command: str) -> None:
+    target = tmp_path / "hangs.py"
+    target.write_text("import time\n\ntime.sleep(1000)\n")
+    words = [word.format(target=f"{target}:f", folder=tmp_path) for word in COMMANDS[command]]
+    hurried = HURRIED.replace("VECTORS_FOLDER", repr(str(tmp_path / "vectors")))
+    ran = subprocess.run(
+        [sys.executable, "-c", hurried, *words, "--device=cpu"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.startswith(f"loading {target}:f, up to 2 s\n")
+    assert "not loaded within 2 s" in ran.stderr

@@ -220,6 +220,15 @@ def resolved_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def loading_text(options: Options) -> str:
+    """What is waited for while a target is loaded, and for how long at most."""
+    if options.in_process:
+        return f"loading {options.target}"
+    from .worker.runners import LOAD_SECONDS
+
+    return f"loading {options.target}, up to {LOAD_SECONDS:g} s"
+
+
 def make_subject(options: Options) -> Subject:
     """The target, described and ready to be judged. Raises LoadError when it cannot be loaded."""
     from attn_reference.precision import PROFILES

@@ -22,7 +22,7 @@ from attn_reference.problem import Problem
 from . import cases
 from .cases import Case
 from .deviations import DeviationsError, load_deviations
-from .options import Options, make_subject, resolved_device
+from .options import Options, loading_text, make_subject, resolved_device
 from .order import kernel_key
 from .record import CaseRecord, Journal, JournalError
 from .report.results import write_results
@@ -94,6 +94,10 @@ class Recorder:
         """Load the target before anything is collected: a wrong one is a usage error."""
         if self.is_worker or session.config.option.collectonly:
             return
+        reporter = session.config.pluginmanager.getplugin("terminalreporter")
+        if reporter is not None and session.config.option.verbose >= 0:
+            reporter.write_line(loading_text(self.options))
+            reporter.flush()
         subject = self.subject()
         self._header = _describe(subject)
         self.unavailable = subject.description.unavailable

@@ -126,7 +126,7 @@ def check(
             stop(f"--report {str(report)!r}: its {PAGE} {why}")
     progress = progress_console()
     if model is None:
-        session = run_session(options, _workers(workers, options), Watcher(progress))
+        session = run_session(options, _workers(workers, options), Watcher(progress, options))
     else:
         given = {"precision": precision, "chapter": chapter, "deviations": deviations}
         require_known(model, given | {"resume": resume, "workers": workers})

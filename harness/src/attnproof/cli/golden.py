@@ -28,6 +28,7 @@ from .common import (
     progress_console,
     stop,
 )
+from .progress import loading
 
 GOLDEN = Path("golden")
 KINDS = ("vectors", "traffic")
@@ -127,7 +128,8 @@ def check(
             typer.echo(difference)
         stop(f"golden check: {directory} does not hold the vectors of this version")
     try:
-        subject = make_subject(options)
+        with loading(progress_console(), options):
+            subject = make_subject(options)
     except LoadError as error:
         stop(str(error))
     unavailable = subject.description.unavailable

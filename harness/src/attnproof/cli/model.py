@@ -10,6 +10,7 @@ from ..options import Options
 from ..record import CaseRecord
 from ..report.results import write_results
 from .common import stop
+from .progress import loading
 from .session import Session
 
 
@@ -33,7 +34,8 @@ def run_model(options: Options, progress: Console) -> Session:
     if reason := unavailable():
         return _without_records(options, reason)
     try:
-        session = ModelSession(options)
+        with loading(progress, options):
+            session = ModelSession(options)
     except LoadError as error:
         return Session(
             records=(),

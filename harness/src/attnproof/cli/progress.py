@@ -1,27 +1,75 @@
-"""Following a run: a progress bar on a terminal, a line now and then elsewhere."""
+"""Following a run: what is waited for and a progress bar on a terminal, a line now and then
+elsewhere."""
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import Counter
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..options import Options, loading_text
 from ..report.summary import FAILED
 
 QUIET_SECONDS = 20.0  # between lines when there is no terminal
 PROPERTY = "attnproof"  # of a test report: the record, as JSON
 
 
+@contextmanager
+def loading(console: Console, options: Options) -> Iterator[None]:
+    """Say that the target is loaded in the block; nothing moves in front of a debugger."""
+    text = loading_text(options)
+    if console.is_terminal and not options.in_process:
+        with console.status(escape(text)):
+            yield
+        return
+    reminder = Reminder(console, text)
+    reminder.start()
+    try:
+        yield
+    finally:
+        reminder.stop()
+
+
+class Reminder:
+    """Prints what is waited for when that takes a while, where there is no terminal."""
+
+    def __init__(self, console: Console, text: str) -> None:
+        self._timer: threading.Timer | None = None
+        self._console = console
+        self._text = text
+
+    def start(self) -> None:
+        """Begin to wait, unless that has begun."""
+        if self._timer is None and not self._console.is_terminal:
+            self._timer = threading.Timer(QUIET_SECONDS, self._say)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def stop(self) -> None:
+        """What was waited for is there."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _say(self) -> None:
+        self._console.print(self._text, markup=False, soft_wrap=True)
+
+
 class Watcher:
     """A pytest plugin, for the whole run or the controller of pytest-xdist."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, options: Options) -> None:
         self.console = console
+        self._options = options
+        self._workers_load = Reminder(console, loading_text(options))
         self.counts: Counter[str] = Counter()
         self.total = 0
         self._bar = Progress(
@@ -34,22 +82,28 @@ class Watcher:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("judging", total=None, counts="loading the target")
+        self._task = self._bar.add_task("judging", total=None, counts="")
         self._started = self._said = time.monotonic()
 
-    def pytest_sessionstart(self) -> None:
-        """Show the bar."""
+    @pytest.hookimpl(wrapper=True)
+    def pytest_sessionstart(self) -> Generator[None, object, object]:
+        """Show the bar when the target is loaded, which the session starts with."""
+        with loading(self.console, self._options):
+            result = yield
         self._bar.start()
+        return result
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """The cases are known."""
         if session.items:
-            self._expect(len(session.items))
+            self._expect(len(session.items), "")
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
-        """The cases are known, under pytest-xdist."""
-        self._expect(len(ids))
+        """The cases are known, under pytest-xdist; each worker loads the target for its first."""
+        if not self.counts:
+            self._expect(len(ids), escape(loading_text(self._options)))
+            self._workers_load.start()
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -57,6 +111,7 @@ class Watcher:
         texts = [text for name, text in report.user_properties if name == PROPERTY]
         if not texts:
             return
+        self._workers_load.stop()
         record = json.loads(str(texts[-1]))
         status = "known" if record["known"] else str(record["verdict"]["status"])
         self.counts[status] += 1
@@ -69,11 +124,12 @@ class Watcher:
 
     def pytest_sessionfinish(self) -> None:
         """Take the bar away."""
+        self._workers_load.stop()
         self._bar.stop()
 
-    def _expect(self, total: int) -> None:
+    def _expect(self, total: int, text: str) -> None:
         self.total = total
-        self._bar.update(self._task, total=total, counts="")
+        self._bar.update(self._task, total=total, counts=text)
 
     def _text(self) -> str:
         styled = []

@@ -20,8 +20,10 @@ from .common import (
     Timeout,
     console,
     make_options,
+    progress_console,
     stop,
 )
+from .progress import loading
 
 if TYPE_CHECKING:
     from ..cases import Case
@@ -78,7 +80,8 @@ def replay(
     if save is not None and (why := unwritable(save)):
         stop(f"--save {str(save)!r}: {why}")
     try:
-        subject = make_subject(options)
+        with loading(progress_console(), options):
+            subject = make_subject(options)
     except LoadError as error:
         stop(str(error))
     try:
