@@ -55,6 +55,8 @@ def environment() -> dict[str, Any]:
         "isa": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(),
     }
+    # What is installed says less than what is loaded: 2.11.0, not 2.11.0+cu130.
+    found["versions"]["torch"] = str(torch.__version__)
     return found | {"gpus": gpus()}
 
 

@@ -36,7 +36,7 @@ from ..signatures.common import FunctionBackend
 from .positions import without_padding
 
 SMALLEST_HEAD_DIM = 16  # Triton's dot takes no less
-DECODING = 128  # queries from which on torch takes no kernel for decoding
+ROWS = 32  # of a tile in fp32
 GRAPHS = 1 << 14  # more than any run compiles; beyond its limit Dynamo gives up
 TANH_ERROR = 2.0**-22  # of CUDA's library, relative, as measured for the Triton backend
 
@@ -87,14 +87,16 @@ def compiled(inputs: Inputs, problem: Problem) -> Attention:
         raise NotImplementedError(f"no kernel of torch fits this GPU: {error}") from error
 
 
-def tiles(problem: Problem) -> dict[str, int] | None:
+def tiles(problem: Problem) -> dict[str, int | bool] | None:
     """The tiles of the kernels, as ``kernel_options`` names them; None leaves them to torch."""
     if problem.dtype != "fp32":
         return None
     backward = dict.fromkeys(("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), 32)
-    if problem.seqlen_q < DECODING:  # the kernel for decoding has all queries in one tile
+    # The kernel for decoding has the queries of a group of heads in one tile.
+    if problem.seqlen_q * problem.group <= ROWS:
         return {"BLOCK_N": 16} | backward
-    return {"BLOCK_M": 32, "BLOCK_N": 16} | backward
+    forward = {"BLOCK_M": ROWS, "BLOCK_N": 16, "FORCE_USE_FLEX_ATTENTION": True}
+    return forward | backward
 
 
 def score_mod(inputs: Inputs, problem: Problem, diagonal: Diagonal) -> ScoreMod | None:
