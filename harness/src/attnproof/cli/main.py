@@ -1,4 +1,4 @@
-"""The command line: ``attnproof check|explain|list|doctor|replay|golden|traffic``."""
+"""The command line: ``attnproof check|explain|list|doctor|replay|bench|golden|traffic``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import typer
 
 from ..report.summary import Exit
+from .bench import bench
 from .check import check
 from .doctor import doctor
 from .golden import golden
@@ -28,6 +29,7 @@ app.command()(explain)
 app.command("list")(list_)
 app.command()(doctor)
 app.command()(replay)
+app.command()(bench)
 app.command()(traffic)
 app.add_typer(golden, name="golden")
 
