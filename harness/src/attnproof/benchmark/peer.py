@@ -73,9 +73,14 @@ class Peer:
         assert self._description is not None
         return self._description
 
-    def turn(self, cell: Cell, seeds: Sequence[int], seconds: float) -> Turn:
-        """An untimed call, and a timed one for each seed, within ``seconds``; else Failed."""
-        answer = self._ask({"cell": cell.as_dict(), "seeds": list(seeds)}, seconds)
+    def begin(self, cell: Cell, seeds: Sequence[int], seconds: float) -> None:
+        """Have it make an untimed call, and a timed one for each seed, within ``seconds``; this
+        does not wait for them. Failed when it cannot be asked."""
+        self._send({"cell": cell.as_dict(), "seeds": list(seeds)}, seconds)
+
+    def finish(self, count: int) -> Turn:
+        """What came of the ``count`` timed calls that were begun; Failed when nothing did."""
+        answer = self._receive()
         if (text := answer.get("unsupported")) is not None:
             raise Failed("unsupported", clean(str(text)))
         if (text := answer.get("out_of_memory")) is not None:
@@ -85,7 +90,7 @@ class Peer:
                 self.close()
             raise Failed("crashed", f"raised {clean(str(text))}")
         times = [answer.get("first"), *_list(answer.get("seconds"))]
-        if len(times) != 1 + len(seeds) or not all(_is_time(t) for t in times):
+        if len(times) != 1 + count or not all(_is_time(t) for t in times):
             raise Failed("crashed", "sent times that are no numbers above 0")
         return Turn(
             seconds=tuple(times[1:]),
@@ -97,12 +102,20 @@ class Peer:
     def show(self, call: int, sample: Sample, seconds: float) -> tuple[dict[str, Tensor], str]:
         """The sampled parts of what a call of the last turn returned, on the CPU, and what is
         wrong with others, if anything is."""
-        answer = self._ask({"show": call, "sample": sample.as_dict()}, seconds)
+        self._send({"show": call, "sample": sample.as_dict()}, seconds)
+        answer = self._receive()
         awaited: dict[str, Tensor] = {}
-        for header in _list(answer.get("tensors")):
-            awaited[str(header["name"])] = _announced(header)
-        for tensor in awaited.values():
-            self._channel.receive_into(bytes_of(tensor).data)
+        try:
+            for header in _list(answer.get("tensors")):
+                awaited[str(header["name"])] = _announced(header)
+        except (KeyError, TypeError, ValueError):
+            self.close()
+            raise Failed("crashed", "sent tensors that are none") from None
+        try:
+            for tensor in awaited.values():
+                self._channel.receive_into(bytes_of(tensor).data)
+        except (TimeoutError, Closed):
+            raise self._ended() from None
         return awaited, "; ".join(clean(str(c)) for c in _list(answer.get("complaints")))
 
     def close(self) -> None:
@@ -133,7 +146,9 @@ class Peer:
         target = {"text": self.spec.text, "signature": self.spec.signature}
         request = {"target": target, "device": self.device, "cwd": os.getcwd()}
         try:
-            answer = self._exchange(request, LOAD_SECONDS)
+            self._seconds, self._deadline = LOAD_SECONDS, time.monotonic() + LOAD_SECONDS
+            self._channel.send(request)
+            answer = self._receive()
             if (text := answer.get("load_error")) is not None:
                 raise LoadError(clean(str(text)))
             described = Description.from_dict(answer["description"])
@@ -145,26 +160,37 @@ class Peer:
         if self._description is None:
             self._description, self.import_seconds = described, float(answer["seconds"])
 
-    def _ask(self, request: Header, seconds: float) -> Header:
+    def _send(self, request: Header, seconds: float) -> None:
+        """Ask; an answer is due in that time."""
         if self._process is None:
             try:
                 self._start()
             except LoadError as error:
                 raise Failed("crashed", f"could not be loaded again: {error}") from None
-        return self._exchange(request, seconds)
-
-    def _exchange(self, request: Header, seconds: float) -> Header:
-        self._deadline = time.monotonic() + seconds
+        self._seconds, self._deadline = seconds, time.monotonic() + seconds
         try:
             self._channel.send(request)
+        except Closed:
+            raise self._ended() from None
+
+    def _receive(self) -> Header:
+        """The answer."""
+        try:
             return self._channel.receive()
         except TimeoutError:
             self.close()
-            raise Failed("timed out", f"no answer within {seconds:g} s") from None
-        except (Closed, ProtocolError) as error:
-            how = f"sent {error}" if isinstance(error, ProtocolError) else self._how_it_ended()
+            raise Failed("timed out", f"no answer within {self._seconds:g} s") from None
+        except Closed:
+            raise self._ended() from None
+        except ProtocolError as error:
             self.close()
-            raise Failed("crashed", how) from None
+            raise Failed("crashed", f"sent {error}") from None
+
+    def _ended(self) -> Failed:
+        """Why its process is gone."""
+        how = self._how_it_ended()
+        self.close()
+        return Failed("crashed", how)
 
     def _await(self) -> None:
         """Return when there is something to read; TimeoutError at the deadline."""
@@ -196,5 +222,5 @@ def _announced(header: Header) -> Tensor:
     """Memory for one announced tensor."""
     shape, dtype = header["shape"], DTYPES[header["dtype"]]
     if math.prod(shape) * dtype.itemsize > SHOWN_BYTES:
-        raise Failed("crashed", f"{header['name']} of shape {shape}: more than was asked for")
+        raise ValueError(f"shape {shape}: more than was asked for")
     return torch.empty(shape, dtype=dtype)

@@ -14,7 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from ..backend import Capabilities, Description
+from ..registry import registered
 from .ceilings import Ceilings
 from .judging import deviation
 from .measurement import Ended, Measurement
@@ -27,7 +30,8 @@ CALLS = 3  # timed in a turn
 TURN_SECONDS = 0.5  # a call that takes longer is timed once in a turn
 CELL_SECONDS = 20.0  # of one target in one cell: it gets fewer rounds rather than more
 LEAST_ROUNDS = 3
-BACKWARD_JUDGED = 3  # rounds of a backward pass that are judged: its fp64 answer takes long
+# Rounds that are judged, drawn beforehand: the fp64 answer of gradients takes long.
+JUDGED_ROUNDS = {"forward": 5, "backward": 2, "both": 2}
 
 
 @dataclass
@@ -68,8 +72,7 @@ class Bench:
         contenders = [self._enter(peer, cell) for peer in self.peers]
         self._warm_up(contenders)
         for contender in contenders:
-            judged = self.rounds if cell.direction == "forward" else BACKWARD_JUDGED
-            count = min(judged, contender.rounds)
+            count = min(JUDGED_ROUNDS[cell.direction], contender.rounds)
             contender.judged_rounds = frozenset(chance.sample(range(contender.rounds), count))
         for number in range(self.rounds):
             order = [c for c in contenders if c.failed is None and number < c.rounds]
@@ -98,30 +101,55 @@ class Bench:
 
     def _warm_up(self, contenders: Sequence[_Contender]) -> None:
         """The first calls, in which kernels are compiled; how long a call takes decides how many
-        rounds a target gets."""
-        for contender in contenders:
-            if contender.failed is not None:
-                continue
-            peer = contender.peer
-            self.tell(f"{contender.cell.label}: {peer.name} compiles")
-            turn = self._turn(contender, [0])
-            if turn is None:
-                continue
-            if peer.name not in self._startup:
-                self._startup[peer.name] = {
-                    "import": peer.import_seconds,
-                    "first": turn.first,
-                    "total": peer.import_seconds + turn.first,
-                }
-            call = turn.seconds[0] * turn.iterations
-            contender.calls = CALLS if call < TURN_SECONDS else 1
-            fit = int(CELL_SECONDS / (call * (contender.calls + 1)))
-            contender.rounds = min(self.rounds, max(fit, LEAST_ROUNDS))
+        rounds a target gets.
 
-    def _turn(self, contender: _Contender, seeds: Sequence[int]) -> Turn | None:
-        """A turn; None when it failed, which is noted."""
+        Registered backends, none of which tunes itself by timing, compile at the same time,
+        once it is known how long each took to its first result.
+        """
+        waiting = [c for c in contenders if c.failed is None]
+        known = registered()
+        together = [c for c in waiting if c.peer.name in known and c.peer.name in self._startup]
+        turns: list[tuple[_Contender, Turn | None]] = []
+        for contender in together:
+            self._begin(contender, [0])
+        for contender in together:
+            self.tell(f"{contender.cell.label}: {contender.peer.name} compiles")
+            turns.append((contender, self._finish(contender, 1)))
+        for contender in waiting:
+            crowded = contender.failed is not None and contender.failed[0] is Ended.OUT_OF_MEMORY
+            if contender not in together or crowded:
+                self.tell(f"{contender.cell.label}: {contender.peer.name} compiles")
+                contender.failed = None
+                self._begin(contender, [0])
+                turns.append((contender, self._finish(contender, 1)))
+        for contender, turn in turns:
+            if turn is not None:
+                self._allot(contender, turn)
+
+    def _allot(self, contender: _Contender, turn: Turn) -> None:
+        """Rounds, by what the first turn took."""
+        name, first = contender.peer.name, contender.peer.import_seconds
+        if name not in self._startup:
+            total = first + turn.first
+            self._startup[name] = {"import": first, "first": turn.first, "total": total}
+        call = turn.seconds[0] * turn.iterations
+        contender.calls = CALLS if call < TURN_SECONDS else 1
+        fit = int(CELL_SECONDS / (call * (contender.calls + 1)))
+        contender.rounds = min(self.rounds, max(fit, LEAST_ROUNDS))
+
+    def _begin(self, contender: _Contender, seeds: Sequence[int]) -> None:
+        """Begin a turn; that it could not be is noted."""
         try:
-            turn = contender.peer.turn(contender.cell, seeds, self.timeout)
+            contender.peer.begin(contender.cell, seeds, self.timeout)
+        except Failed as failed:
+            contender.failed = Ended(failed.kind), failed.reason
+
+    def _finish(self, contender: _Contender, count: int) -> Turn | None:
+        """A turn that was begun; None when it failed, which is noted."""
+        if contender.failed is not None:
+            return None
+        try:
+            turn = contender.peer.finish(count)
         except Failed as failed:
             contender.failed = Ended(failed.kind), failed.reason
             if failed.kind == Ended.TIMED_OUT:
@@ -134,7 +162,8 @@ class Bench:
         """A turn of timed calls, of which one is drawn afterwards and judged."""
         seeds = [seed + i for i in range(contender.calls)]
         begun = time.monotonic()
-        turn = self._turn(contender, seeds)
+        self._begin(contender, seeds)
+        turn = self._finish(contender, len(seeds))
         if turn is None:
             return
         if sum(turn.seconds) * turn.iterations > time.monotonic() - begun:
@@ -165,6 +194,8 @@ class Bench:
             description.capabilities,
             self.device,
         )
+        if self.device == "cuda":
+            torch.cuda.empty_cache()  # the targets need the memory
         contender.judged += 1
         contender.sample = sample.describe(cell.problem)
         if wrong:

@@ -20,8 +20,8 @@ from attn_reference.masks import positional_mask
 from attn_reference.problem import Problem
 
 # Pairs of query and key that are judged of one call: some tenths of a second.
-PAIRS = {"cuda": 1 << 26, "cpu": 1 << 18}
-ENTRIES = 4  # of the batch, of which rows are drawn
+PAIRS = {"cuda": 1 << 24, "cpu": 1 << 18}
+ENTRIES, HEADS = 2, 4  # of the batch and of the key heads at most, of which rows are drawn
 ROWS = 8  # at least
 
 
@@ -70,10 +70,13 @@ def draw_sample(problem: Problem, device: str, random: random.Random) -> Sample:
         heads = max(1, min(problem.kv_heads, limit // head))
         entries = max(1, min(problem.batch, limit // (head * heads)))
         return Sample(batch=some(problem.batch, entries), kv_heads=some(problem.kv_heads, heads))
-    entries = min(problem.batch, ENTRIES)
-    row = entries * problem.heads_q * problem.keys
-    rows = max(ROWS, limit // row)
-    return Sample(batch=some(problem.batch, entries), rows=some(problem.seqlen_q, rows))
+    entries, heads = min(problem.batch, ENTRIES), min(problem.kv_heads, HEADS)
+    rows = max(ROWS, limit // (entries * heads * problem.group * problem.keys))
+    return Sample(
+        batch=some(problem.batch, entries),
+        kv_heads=some(problem.kv_heads, heads),
+        rows=some(problem.seqlen_q, rows),
+    )
 
 
 def cut(tensor: Tensor, sample: Sample, heads_per_kv: int, *, rows: bool) -> Tensor:
