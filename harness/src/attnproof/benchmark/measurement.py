@@ -32,8 +32,7 @@ FAILED = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One target in one cell. Rates are those of the median: FLOP/s, bytes/s, and what share of
-    the roofline that is, the least time that the device's ceilings allow over the time."""
+    """One target in one cell. Rates are the work of a call over the median time."""
 
     cell: Cell
     target: str
@@ -64,8 +63,8 @@ class Measurement:
 
     @property
     def share(self) -> float | None:
-        """Of the ceiling of its unit; None where there is none."""
-        if self.cell.unit == "µs" or not self.ceilings:
+        """Of the ceiling of its unit; None where there is none, and without times."""
+        if self.cell.unit == "µs" or not self.ceilings or not self.seconds:
             return None
         if self.cell.unit == "TFLOP/s":
             return self.flops / self.typical / self.ceilings["matmul"]

@@ -35,15 +35,15 @@ def write(path: Path, run: Mapping[str, Any], measurements: Iterable[Measurement
 def document(run: Mapping[str, Any], measurements: Iterable[Measurement]) -> dict[str, Any]:
     """The file as plain values."""
     found = environment()
-    every = list(measurements)
+    every = list(enumerate(measurements))
     return {
         "machine_info": machine_info(found),
         "commit_info": _commit_info(found),
-        "benchmarks": [_benchmark(m) for m in every if m.ended is Ended.MEASURED],
+        "benchmarks": [_benchmark(n, m) for n, m in every if m.ended is Ended.MEASURED],
         "datetime": datetime.now(UTC).isoformat(),
         "version": VERSION,
         "run": dict(run),
-        "not_measured": [m.as_dict() for m in every if m.ended is not Ended.MEASURED],
+        "not_measured": [_values(n, m) for n, m in every if m.ended is not Ended.MEASURED],
     }
 
 
@@ -74,16 +74,17 @@ def read(path: Path) -> tuple[dict[str, Any], list[Measurement]]:
     """What a file holds: of which run, and its measurements; StorageError if it is no such file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        measurements = [
-            Measurement.from_dict(
+        found = [
+            (
                 one["extra_info"],
                 tuple(float(t) for t in one["stats"]["data"]),
                 int(one["stats"]["iterations"]),
             )
             for one in values["benchmarks"]
         ]
-        measurements += [Measurement.from_dict(one, (), 1) for one in values["not_measured"]]
-        return dict(values["run"]), measurements
+        found += [(one, (), 1) for one in values["not_measured"]]
+        found.sort(key=lambda one: int(one[0].pop("number")))
+        return dict(values["run"]), [Measurement.from_dict(*one) for one in found]
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -109,7 +110,12 @@ def _shown(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _benchmark(measurement: Measurement) -> dict[str, Any]:
+def _values(number: int, measurement: Measurement) -> dict[str, Any]:
+    """All but the times, and the place in the order of the run."""
+    return {**measurement.as_dict(), "number": number}
+
+
+def _benchmark(number: int, measurement: Measurement) -> dict[str, Any]:
     """One entry: targets are compared within a group, which is a cell."""
     cell = measurement.cell
     name = f"{measurement.target}[{cell.name}]"
@@ -119,7 +125,7 @@ def _benchmark(measurement: Measurement) -> dict[str, Any]:
         "fullname": f"{cell.suite}::{name}",
         "params": {"target": measurement.target, **cell.as_dict()},
         "param": cell.name,
-        "extra_info": measurement.as_dict(),
+        "extra_info": _values(number, measurement),
         "options": {"disable_gc": True, "warmup": True, "timer": cell.clock},
         "stats": summary(measurement.seconds, measurement.iterations),
     }

@@ -43,9 +43,9 @@ def reasons(measurements: Iterable[Measurement]) -> list[str]:
             reason = " ".join(one.reason.split())
             if len(reason) > REASON_LENGTH:
                 reason = f"{reason[:REASON_LENGTH]}…"
-            said.setdefault(f"{one.target}: {one.ended}: {reason}", []).append(one)
+            said.setdefault(f"{_name(one.target)}: {one.ended}: {reason}", []).append(one)
         for note in one.notes:
-            said.setdefault(f"{one.target}: {note}", []).append(one)
+            said.setdefault(f"{_name(one.target)}: {note}", []).append(one)
     lines = []
     for text, cells in said.items():
         more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
@@ -68,7 +68,7 @@ def judged_line(measurements: Sequence[Measurement]) -> str:
 
 def in_short(found: Iterable[Measurement]) -> str:
     """What came of a cell, in a line."""
-    return ", ".join(f"{one.target} {_rate(one)}" for one in found)
+    return ", ".join(f"{_name(one.target)} {_rate(one)}" for one in found)
 
 
 def short(value: float) -> str:
@@ -76,6 +76,11 @@ def short(value: float) -> str:
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"
+
+
+def _name(target: str) -> str:
+    """A target without the folder that its file is in."""
+    return target.rpartition("/")[2]
 
 
 def _rates(title: str, found: ByCell, targets: Sequence[str]) -> Table:
@@ -102,7 +107,7 @@ def _rate(one: Measurement) -> str:
 
 def _ratios(title: str, found: ByCell, baseline: str, targets: Sequence[str]) -> Table:
     of = {target: ratios(found, target, baseline) for target in targets}
-    table = _table(f"{title.rpartition(', ')[0]}, times as fast as {baseline}", targets)
+    table = _table(f"{title.rpartition(', ')[0]}, times as fast as {_name(baseline)}", targets)
     for name, row in found.items():
         cells = [of[target].by_cell.get(name) for target in targets]
         table.add_row(
@@ -130,7 +135,7 @@ def _startup(measurements: Iterable[Measurement]) -> Table | None:
         return None
     table = _table("seconds from import to the first result", ["import", "first call", "in all"])
     for target, seconds in found.items():
-        table.add_row(target, *(f"{seconds[n]:.2f}" for n in ("import", "first", "total")))
+        table.add_row(_name(target), *(f"{seconds[n]:.2f}" for n in ("import", "first", "total")))
     return table
 
 
@@ -138,7 +143,7 @@ def _table(title: str, columns: Iterable[str]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(_name(column), justify="right", no_wrap=True)
     return table
 
 
