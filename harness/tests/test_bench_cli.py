@@ -43,6 +43,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--rounds=0"], "--rounds 0: accepted is 1 or more"),
         (["--seconds=-1"], "--seconds -1: accepted is a time above 0 seconds"),
         (["--only=d4096"], "--only d4096: in the name of no cell; one is forward-"),
+        (["--only=d(64"], "--only d(64: accepted is a regular expression: missing )"),
         (["--resume"], "--resume: needs --json"),
         (["--plot=rates.txt"], "--plot rates.txt: accepted are files named .svg, .png, .pdf"),
         (["--json=nowhere/b.json"], "--json 'nowhere/b.json': there is no folder nowhere"),
@@ -90,6 +91,9 @@ def test_a_run_is_gone_on_with(tmp_path: Path) -> None:
     assert len(after) == 4
     _, shown = run(f"--show={path}", "--baseline=sdpa")
     assert "geometric mean" in shown
+    _, shown = run(f"--show={path}", "--only=forward", "--only=causal")
+    assert "S32 causal" in shown
+    assert "S32 full" not in shown
     status, text = run(*words, "--resume", "--seed=1")
     assert status == 2
     assert "is of a run with seed 0, not 1; it cannot be resumed with this one" in text

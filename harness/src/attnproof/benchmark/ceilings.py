@@ -37,7 +37,10 @@ def measure_ceilings(device: str, dtype: str) -> Ceilings:
     clock = DeviceClock(device)
     dtypes = [DTYPES[dtype]] if device == "cuda" else [DTYPES[dtype], torch.float32]
     memory = max(_copy(clock), _sum(clock))
-    return Ceilings(matmul=max(_matmul(clock, one) for one in dtypes), memory=memory)
+    matmul = max(_matmul(clock, one) for one in dtypes)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the targets need the memory
+    return Ceilings(matmul=matmul, memory=memory)
 
 
 def _matmul(clock: DeviceClock, dtype: torch.dtype) -> float:

@@ -72,7 +72,7 @@ class _Server:
             answer = self._make_calls(Cell.from_dict(request["cell"]), request["seeds"])
         except BaseException as error:  # SystemExit too: it is the target's, not the run's
             answer = self._failure(error)
-        if self._device == "cuda":
+        if self._device == "cuda" and not answer.get("lost"):
             torch.cuda.empty_cache()  # the others need the memory
         self._channel.send(answer)
 

@@ -142,6 +142,7 @@ def _must_agree(options: BenchOptions, peers: Sequence[Peer]) -> Mapping[str, An
         "signature": options.signature,
         "device": found["gpus"][0]["name"] if options.device == "cuda" else found["cpu"]["model"],
         "torch": found["versions"]["torch"],
+        "commit": found["commit"],
         "dtype": options.cells[0].problem.dtype,
         "rounds": options.rounds,
         "seed": options.seed,

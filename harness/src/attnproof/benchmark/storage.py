@@ -27,9 +27,15 @@ class StorageError(Exception):
 
 
 def write(path: Path, run: Mapping[str, Any], measurements: Iterable[Measurement]) -> None:
-    """Write the whole file, or raise OSError."""
-    text = json.dumps(json_values(document(run, measurements)), indent=1, allow_nan=False)
-    replace_file(path, f"{text}\n".encode())
+    """Write the whole file, a line for each measurement, or raise OSError."""
+    parts = []
+    for name, value in json_values(document(run, measurements)).items():
+        if name in ("benchmarks", "not_measured"):
+            lines = ",\n".join(json.dumps(one, allow_nan=False) for one in value)
+            parts.append(f'"{name}": [\n{lines}\n]')
+        else:
+            parts.append(f'"{name}": {json.dumps(value, allow_nan=False)}')
+    replace_file(path, ("{\n" + ",\n".join(parts) + "\n}\n").encode())
 
 
 def document(run: Mapping[str, Any], measurements: Iterable[Measurement]) -> dict[str, Any]:

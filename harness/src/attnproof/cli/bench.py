@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,8 +56,8 @@ def bench(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TEXT",
-            help="Only cells with this in their name, such as forward or d128_; all of several.",
+            metavar="REGEX",
+            help="Only cells in whose name it is found, as forward or _d(64|128)_; all of several.",
         ),
     ] = None,
     device: Device = "auto",
@@ -114,8 +115,13 @@ def bench(
     for name, path in (("--plot", plot), ("--json", json)):
         if path is not None and (why := unwritable(path)):
             stop(f"{name} {str(path)!r}: {why}")
+    for text in only or []:
+        try:
+            re.compile(text)
+        except re.error as error:
+            stop(f"--only {text}: accepted is a regular expression: {error}")
     if show is not None:
-        raise typer.Exit(int(_show(show, baseline, plot)))
+        raise typer.Exit(int(_show(show, only or [], baseline, plot)))
     if device not in DEVICES:
         stop(f"--device {device}: unknown; accepted are {', '.join(DEVICES)}")
     if rounds < 1:
@@ -168,10 +174,14 @@ def _cells(
         if name not in SUITES:
             stop(f"--suite {name}: unknown; accepted are {', '.join(SUITES)}")
     cells = [c for n in dict.fromkeys(suites or DEFAULT_SUITES[device]) for c in SUITES[n](dtype)]
-    chosen = [c for c in cells if all(text in c.name for text in only)]
+    chosen = [c for c in cells if _wanted(c, only)]
     if not chosen:
         stop(f"--only {' '.join(only)}: in the name of no cell; one is {cells[0].name}")
     return chosen
+
+
+def _wanted(cell: Cell, only: Sequence[str]) -> bool:
+    return all(re.search(text, cell.name) for text in only)
 
 
 def _measured(options: BenchOptions, baseline: str | None) -> BenchSession:
@@ -197,7 +207,7 @@ def _measured(options: BenchOptions, baseline: str | None) -> BenchSession:
         stop(f"--json {options.json}: cannot be written: {error.strerror}", Exit.DOES_NOT)
 
 
-def _show(path: Path, baseline: str | None, plot: Path | None) -> Exit:
+def _show(path: Path, only: Sequence[str], baseline: str | None, plot: Path | None) -> Exit:
     """Print and draw what a file holds."""
     from ..benchmark.storage import StorageError, read
 
@@ -205,7 +215,10 @@ def _show(path: Path, baseline: str | None, plot: Path | None) -> Exit:
         _, measurements = read(path)
     except StorageError as error:
         stop(f"--show {error}")
-    return _tell(measurements, baseline, plot)
+    chosen = [one for one in measurements if _wanted(one.cell, only)]
+    if not chosen:
+        stop(f"--only {' '.join(only)}: in the name of no cell of {path}")
+    return _tell(chosen, baseline, plot)
 
 
 def _tell(measurements: Sequence[Measurement], baseline: str | None, plot: Path | None) -> Exit:
