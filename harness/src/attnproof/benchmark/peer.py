@@ -146,8 +146,7 @@ class Peer:
         target = {"text": self.spec.text, "signature": self.spec.signature}
         request = {"target": target, "device": self.device, "cwd": os.getcwd()}
         try:
-            self._seconds, self._deadline = LOAD_SECONDS, time.monotonic() + LOAD_SECONDS
-            self._channel.send(request)
+            self._post(request, LOAD_SECONDS)
             answer = self._receive()
             if (text := answer.get("load_error")) is not None:
                 raise LoadError(clean(str(text)))
@@ -167,6 +166,9 @@ class Peer:
                 self._start()
             except LoadError as error:
                 raise Failed("crashed", f"could not be loaded again: {error}") from None
+        self._post(request, seconds)
+
+    def _post(self, request: Header, seconds: float) -> None:
         self._seconds, self._deadline = seconds, time.monotonic() + seconds
         try:
             self._channel.send(request)

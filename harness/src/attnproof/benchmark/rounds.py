@@ -184,18 +184,22 @@ class Bench:
         except Failed as failed:
             contender.failed = Ended(failed.kind), failed.reason
             return
-        returned = {name: tensor.to(self.device) for name, tensor in shown.items()}
-        wrong = complaint or deviation(
-            cell,
-            seeds[call],
-            sample,
-            returned,
-            description.precision,
-            description.capabilities,
-            self.device,
-        )
-        if self.device == "cuda":
-            torch.cuda.empty_cache()  # the targets need the memory
+        try:
+            wrong = complaint or deviation(
+                cell,
+                seeds[call],
+                sample,
+                {name: tensor.to(self.device) for name, tensor in shown.items()},
+                description.precision,
+                description.capabilities,
+                self.device,
+            )
+        except torch.OutOfMemoryError as full:
+            contender.failed = Ended.OUT_OF_MEMORY, f"the judge, not the target: {full}"
+            return
+        finally:
+            if self.device == "cuda":
+                torch.cuda.empty_cache()  # the targets need the memory
         contender.judged += 1
         contender.sample = sample.describe(cell.problem)
         if wrong:

@@ -85,7 +85,6 @@ class _Server:
         calls = Calls(cell, self._backend, self._clock)
         calls.once(0)
         first = _clock() - start
-        gc.collect()
         gc.disable()
         try:
             timed: list[Timed[dict[str, Any]]] = [calls.timed(seed) for seed in seeds]

@@ -50,11 +50,13 @@ class BenchSession:
 
 
 @contextmanager
-def loaded(options: BenchOptions, tell: Callable[[str], None]) -> Iterator[list[Peer]]:
-    """The targets, in processes that end with the block.
+def loaded(
+    options: BenchOptions, tell: Callable[[str], None]
+) -> Iterator[tuple[list[Peer], dict[str, str]]]:
+    """The targets, in processes that end with the block, and why others are left out.
 
-    LoadError for one that cannot be loaded; of the registered backends that nobody named, those
-    alone are there that can run. NothingToMeasure when none can.
+    LoadError for one that cannot be loaded. Of the registered backends, where none is named, those
+    are left out that cannot run here. NothingToMeasure when no target can.
     """
     known = registered()
     names = list(dict.fromkeys(options.targets)) or list(known)
@@ -77,7 +79,10 @@ def loaded(options: BenchOptions, tell: Callable[[str], None]) -> Iterator[list[
                 peer.close()
         if len(unavailable) == len(peers):
             raise NothingToMeasure("; ".join(f"{n}: {why}" for n, why in unavailable.items()))
-        yield [peer for peer in peers if options.targets or peer.name not in unavailable]
+        if options.targets:  # the table says it of them
+            yield peers, {}
+        else:
+            yield [peer for peer in peers if peer.name not in unavailable], unavailable
     finally:
         for peer in peers:
             peer.close()

@@ -192,7 +192,9 @@ def _measured(options: BenchOptions, baseline: str | None) -> BenchSession:
 
     follow = _Follow(progress_console(), len(options.cells))
     try:
-        with follow, loaded(options, follow.tell) as peers:
+        with follow, loaded(options, follow.tell) as (peers, left_out):
+            for name, why in left_out.items():
+                follow.say(f"left out: {name}: {why}")
             names = [peer.name for peer in peers]
             if baseline is not None and baseline not in names:
                 stop(f"--baseline {baseline}: accepted is one of the targets: {', '.join(names)}")
@@ -275,6 +277,10 @@ class _Follow:
         """What is being done now."""
         self._bar.update(self._task, text=escape(text))
 
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self._console.print(line, markup=False, soft_wrap=True)
+
     def done(self, cell: Cell, found: Sequence[Measurement]) -> None:
         """What came of a cell."""
         from ..benchmark.table import in_short
@@ -282,5 +288,4 @@ class _Follow:
         self._bar.advance(self._task)
         if not self._console.is_terminal:
             seconds = time.monotonic() - self._begun
-            line = f"{seconds:5.0f} s  {cell.direction} {cell.label}: {in_short(found)}"
-            self._console.print(line, markup=False, soft_wrap=True)
+            self.say(f"{seconds:5.0f} s  {cell.direction} {cell.label}: {in_short(found)}")
