@@ -17,12 +17,12 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(folder, status, *parts, **variables):
-    """The script, with programs that do nothing but end with that status."""
+    """The script, with programs that only note how they are called, and end with that status."""
     stubs = folder / "stubs"
     stubs.mkdir()
     for name in PROGRAMS:
         stub = stubs / name
-        stub.write_text(f"#!/bin/sh\nexit {status}\n")
+        stub.write_text(f'#!/bin/sh\necho "{name} $@" >>"{folder}/calls"\nexit {status}\n')
         stub.chmod(0o755)
     path = os.pathsep.join([str(stubs), os.environ["PATH"]])
     return subprocess.run(
@@ -34,7 +34,7 @@ def run(folder, status, *parts, **variables):
     )
 
 
-@pytest.mark.parametrize("part", ["checks", "golden", "tests", "sanitize"])
+@pytest.mark.parametrize("part", ["checks", "golden", "tests", "sanitize", "bench"])
 def test_a_part_that_fails_fails_the_run(tmp_path, part):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "tests.txt").write_text("")
@@ -66,3 +66,18 @@ def test_results_of_before_are_shown_only_on_request(tmp_path, resume, kept):
     run(tmp_path, 0, "checks", RESUME=resume)
     assert [file.exists() for file in old] == [kept] * 3
     assert calibration.exists()
+
+
+def test_the_benchmark_runs_when_it_is_named(tmp_path):
+    given = {"BACKENDS": "triton-v2 flex", "BENCH": "--baseline flex --only forward"}
+    run(tmp_path, 0, "bench", RESUME="1", SECONDS_EACH="60", **given)
+    (call,) = [c for c in (tmp_path / "calls").read_text().splitlines() if " bench " in c]
+    results = tmp_path / "results" / "bench"
+    assert call == (
+        "attnproof bench triton-v2 flex --device cuda --seconds 60 --resume --baseline flex "
+        f"--only forward --json {results}/bench.json --plot {results}/bench.svg"
+    )
+    (tmp_path / "calls").unlink()
+    shutil.rmtree(tmp_path / "stubs")
+    run(tmp_path, 0)
+    assert " bench " not in (tmp_path / "calls").read_text()
