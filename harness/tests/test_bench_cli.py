@@ -106,4 +106,4 @@ def test_a_failed_measurement_is_no_success(tmp_path: Path) -> None:
     assert status == 1
     assert "deviates" in text
     assert "causal top-left is not supported" in text
-    assert "0 measured (1 failed" in text
+    assert "0 measured (0 timed calls, 0 of them judged), 1 failed, 1 not measured" in text

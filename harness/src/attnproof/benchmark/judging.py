@@ -44,4 +44,4 @@ def deviation(
     )
     # The public functions of libraries return no LSE: it is ``check`` that judges it.
     verdict = judge(problem, inputs, result, precision, replace(capabilities, returns_lse=False))
-    return None if verdict.status is Status.CONFORMS else f"{verdict.status}: {verdict.reason}"
+    return None if verdict.status is Status.CONFORMS else verdict.reason or str(verdict.status)

@@ -55,15 +55,15 @@ def reasons(measurements: Iterable[Measurement]) -> list[str]:
 
 
 def judged_line(measurements: Sequence[Measurement]) -> str:
-    """How many calls were judged, and how many targets failed where."""
-    calls = sum(one.judged for one in measurements)
-    timed = sum(len(one.seconds) for one in measurements)
-    failed = [one for one in measurements if one.ended in FAILED]
-    measured = sum(one.ended is Ended.MEASURED for one in measurements)
-    ended = f"{len(failed)} failed, " if failed else ""
-    without = len(measurements) - measured - len(failed)
-    aside = f", {without} not measured" if without else ""
-    return f"{measured} measured ({ended}{timed} timed calls, {calls} of them judged){aside}"
+    """How many measurements there are, on how many judged calls, and how many have no times."""
+    measured = [one for one in measurements if one.ended is Ended.MEASURED]
+    failed = sum(one.ended in FAILED for one in measurements)
+    without = len(measurements) - len(measured) - failed
+    calls, judged = sum(len(one.seconds) for one in measured), sum(one.judged for one in measured)
+    parts = [f"{len(measured)} measured ({calls} timed calls, {judged} of them judged)"]
+    parts += [f"{failed} failed"] if failed else []
+    parts += [f"{without} not measured"] if without else []
+    return ", ".join(parts)
 
 
 def in_short(found: Iterable[Measurement]) -> str:
