@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -151,13 +152,19 @@ class HopperLaunches:
     def _descriptor(self, tensor: Tensor, rows: int) -> TensorDescriptor:
         """For TMA: tiles of ``rows`` rows; what is beyond the tensor is 0."""
         block = [1, 1, rows, padded(tensor.shape[3])]
-        layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[tensor.dtype])
         strides = [
             # Of a dimension of size 1, any that is aligned.
             ALIGNMENT if size == 1 else stride
             for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
         ]
+        layout = _swizzled(rows, block[3], tensor.dtype)
         return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block, layout)
+
+
+@cache
+def _swizzled(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    """How a tile lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], DTYPES[dtype])
 
 
 def _to(name: str, tensor: Tensor) -> dict[str, Any]:

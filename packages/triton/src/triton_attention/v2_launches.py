@@ -36,11 +36,13 @@ STRIDES = ("", "_batch", "_head", "_row", "_column")
 @dataclass(frozen=True)
 class Launches:
     """The launches of one call. ``seed``: of dropout, int64 (1,), on the device of q; ``gpu``: that
-    the tiles are for, None for the one that q is on."""
+    the tiles are for, None for the one that q is on; ``hopper``: whether the kernels for Hopper may
+    be chosen, which no call does before a GPU has judged them."""
 
     x: Arguments
     seed: Tensor | None = None
     gpu: choose.Gpu | None = None
+    hopper: bool = False
 
     def forward(
         self, tiles: Tiles | HopperTiles | None = None, splits: int | None = None
@@ -321,13 +323,9 @@ class Launches:
 
     def _hopper_tiles(self, table: Mapping[int, HopperTiles]) -> HopperTiles | None:
         """Those of the kernels for Hopper, None where they are not for this call."""
-        if self._gpu.capability != HOPPER or not self._suits_hopper:
+        if not self.hopper or self._gpu.capability != HOPPER or not suits(self.x):
             return None
         return table.get(self._kind.widest)
-
-    @cached_property
-    def _suits_hopper(self) -> bool:
-        return suits(self.x)
 
     @cached_property
     def _hopper(self) -> HopperLaunches:
