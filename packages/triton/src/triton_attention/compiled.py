@@ -7,6 +7,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.compiler import compile as compile_source
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from .launch import Launch
@@ -29,5 +30,6 @@ def compile_for(launch: Launch, capability: int) -> Any:
     parsed, signature, constexprs, attributes = kernel._pack_args(
         backend, options, bound, specialization, options
     )
-    source = ASTSource(kernel, signature, constexprs, attributes)
+    of_kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = of_kind(kernel, signature, constexprs, attributes)
     return compile_source(source, target=target, options=parsed.__dict__)

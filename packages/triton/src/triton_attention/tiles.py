@@ -24,18 +24,19 @@ class Gpu:
 
     shared_memory: int  # bytes that a block of threads may use
     multiprocessors: int
+    capability: int  # 90 is Hopper
 
 
 # By compute capability, for kernels that are compiled where there is no such GPU.
 GPUS = {
-    80: Gpu(shared_memory=166912, multiprocessors=108),  # A100
-    86: Gpu(shared_memory=101376, multiprocessors=84),  # A10, A40, RTX 3090
-    89: Gpu(shared_memory=101376, multiprocessors=142),  # L40, RTX 4090
-    90: Gpu(shared_memory=232448, multiprocessors=132),  # H100, H200
-    100: Gpu(shared_memory=232448, multiprocessors=148),  # B200
+    80: Gpu(shared_memory=166912, multiprocessors=108, capability=80),  # A100
+    86: Gpu(shared_memory=101376, multiprocessors=84, capability=86),  # A10, A40, RTX 3090
+    89: Gpu(shared_memory=101376, multiprocessors=142, capability=89),  # L40, RTX 4090
+    90: Gpu(shared_memory=232448, multiprocessors=132, capability=90),  # H100, H200
+    100: Gpu(shared_memory=232448, multiprocessors=148, capability=100),  # B200
 }
 # No GPU: the interpreter. Its few processors have keys split between them now and then.
-NO_GPU = Gpu(shared_memory=0, multiprocessors=INTERPRETED_PROCESSORS)
+NO_GPU = Gpu(shared_memory=0, multiprocessors=INTERPRETED_PROCESSORS, capability=0)
 
 
 @cache
@@ -47,6 +48,7 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu(
         shared_memory=found.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         multiprocessors=found.multi_processor_count,
+        capability=10 * found.major + found.minor,
     )
 
 
@@ -63,6 +65,15 @@ class Tiles:
     def options(self) -> dict[str, int]:
         """As options of a launch."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopperTiles:
+    """Of the kernels for Hopper."""
+
+    consumers: int  # warpgroups, each of which owns 64 rows, or keys
+    passing: int  # keys, or rows, of a tile that passes by
+    stages: int  # of such tiles in shared memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,4 +264,19 @@ _QUERIES = _table(
 _BIAS = {
     2: Tiles(block_m=64, block_n=64, num_warps=8),
     4: Tiles(block_m=32, block_n=16),
+}
+
+# By the widest head_dim; where there are none, ``v2_launches`` takes its other kernels.
+HOPPER_FORWARD = {
+    64: HopperTiles(consumers=3, passing=128, stages=2),
+    128: HopperTiles(consumers=2, passing=128, stages=2),
+    256: HopperTiles(consumers=2, passing=64, stages=2),
+}
+HOPPER_KEYS = {
+    64: HopperTiles(consumers=2, passing=64, stages=2),
+    128: HopperTiles(consumers=2, passing=64, stages=2),
+}
+HOPPER_QUERIES = {
+    64: HopperTiles(consumers=2, passing=128, stages=2),
+    128: HopperTiles(consumers=2, passing=64, stages=2),
 }
