@@ -13,7 +13,8 @@ import triton
 from triton_attention.arguments import Arguments
 from triton_attention.compiled import compile_for
 from triton_attention.launch import Launch
-from triton_attention.tiles import GPUS, Tiles
+from triton_attention.tiles import GPUS
+from triton_attention.tiles_table import Tiles
 from triton_attention.v2_launches import Launches
 
 

@@ -6,7 +6,8 @@ import torch
 from triton_attention.arguments import Arguments
 from triton_attention.hopper_launches import suits
 from triton_attention.kernels import hopper_backward, hopper_forward, v2_backward, v2_forward
-from triton_attention.tiles import GPUS, HOPPER_FORWARD
+from triton_attention.tiles import GPUS
+from triton_attention.tiles_table import FORWARD, HOPPER, find
 from triton_attention.v2_launches import Launches
 
 
@@ -78,11 +79,12 @@ def test_few_programs_share_keys_instead():
 def test_a_grid_and_its_descriptors():
     arguments = tensors(seqlen_q=1000, dim=96, dim_v=128) | {"causal": "bottom-right"}
     (launch,) = launches(**arguments).forward(splits=1).launches
-    rows = 64 * HOPPER_FORWARD[128].consumers
+    tiles = find(HOPPER, FORWARD, 90, 2, 128, 1000)
+    rows = 64 * tiles.consumers
     assert launch.grid == (-(-1000 // rows) * 4 * 2,)
     q, k = launch.arguments["q"], launch.arguments["k"]
     assert q.block_shape == [1, 1, 64, 128]  # 96 columns, and 32 of zeros
-    assert k.block_shape == [1, 1, HOPPER_FORWARD[128].passing, 128]
+    assert k.block_shape == [1, 1, tiles.passing, 128]
     assert list(q.shape) == [2, 4, 1000, 96]
 
 

@@ -15,7 +15,8 @@ from .arguments import Arguments
 from .kernels import hopper_backward, hopper_forward
 from .kernels.hopper import ROWS, HopperShape
 from .launch import Launch
-from .tiles import FEW_QUERIES, HopperTiles, padded
+from .tiles import FEW_QUERIES, padded
+from .tiles_table import HopperTiles
 
 HOPPER = 90  # compute capability
 ALIGNMENT = 16  # bytes, of a tensor and its strides (CUDA driver API, cuTensorMapEncodeTiled)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,10 +28,12 @@ from .kernels.v2_bias_gradient import bias_gradient
 from .kernels.v2_combine import combine
 from .kernels.v2_forward import Shape, forward
 from .launch import Launch, Result
-from .tiles import HopperTiles, Tiles, padded, padded_dims
+from .tiles import padded, padded_dims
+from .tiles_table import DELTA, FORWARD, KEYS, QUERIES, HopperTiles, Tiles
 
 LOG2_E = math.log2(math.e)
 STRIDES = ("", "_batch", "_head", "_row", "_column")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Launches:
         hopper = tiles if isinstance(tiles, HopperTiles) else None
         if not isinstance(tiles, Tiles):
             if hopper is None:
-                hopper = self._hopper_tiles(choose.HOPPER_FORWARD)
+                hopper = self._hopper_tiles(FORWARD, rows)
             tiles = choose.forward_tiles(self._kind, rows, x.seqlen_k)
         blocks = _ceil(rows, tiles.block_m)
         programs = blocks * (x.heads_q // pack) * x.batches
@@ -108,19 +111,20 @@ class Launches:
         grad_out: Tensor,
         grad_lse: Tensor | None,
         wanted: set[str],
-        tiles: Tiles | None = None,
+        tiles: Mapping[str, Tiles | HopperTiles] = NOTHING,
     ) -> Result:
         """Those gradients of q, k, v and bias that are ``wanted``, each in the dtype of its tensor,
-        and ``delta``, rowsum(dO * O) - dLSE, (B, Hq, Sq) fp32; tiles not given are chosen."""
+        and ``delta``, rowsum(dO * O) - dLSE, (B, Hq, Sq) fp32.
+
+        tiles: by pass; those that are not given are chosen.
+        """
         x = self.x
         deltas = torch.empty_like(lse, memory_format=torch.contiguous_format)
-        of_keys = of_queries = None
-        if tiles is None:
-            of_keys = self._hopper_tiles(choose.HOPPER_KEYS)
-            of_queries = self._hopper_tiles(choose.HOPPER_QUERIES)
-        if (of_keys or of_queries) and not loadable(grad_out):
+        of_keys = tiles.get(KEYS) or self._hopper_tiles(KEYS, x.seqlen_q)
+        of_queries = tiles.get(QUERIES) or self._hopper_tiles(QUERIES, x.seqlen_q)
+        if HopperTiles in map(type, (of_keys, of_queries)) and not loadable(grad_out):
             grad_out = grad_out.contiguous()
-        launches = [self._delta(out, grad_out, grad_lse, deltas, tiles)]
+        launches = [self._delta(out, grad_out, grad_lse, deltas, tiles.get(DELTA))]
         tensors = {"delta": deltas}
         saved: dict[str, Any] = {
             "q": matrix(x.q),
@@ -136,10 +140,10 @@ class Launches:
             # Keys beyond their lengths are not read, and get 0.
             new = torch.empty_like if x.key_lengths is None and not packed else torch.zeros_like
             grad_k, grad_v = new(x.k), new(x.v)
-            if of_keys is not None:
+            if isinstance(of_keys, HopperTiles):
                 launch = self._hopper.keys_and_values(of_keys, for_hopper, grad_k, grad_v)
             else:
-                chosen = tiles or choose.keys_tiles(self._kind, *lengths)
+                chosen = of_keys or choose.keys_tiles(self._kind, *lengths)
                 blocks = _ceil(x.seqlen_k, chosen.block_n)
                 own: dict[str, Any] = {"grad_k": matrix(grad_k), "grad_v": matrix(grad_v)}
                 own |= {"heads": x.heads_kv, "blocks": blocks}
@@ -149,10 +153,10 @@ class Launches:
             tensors |= {"k": grad_k, "v": grad_v}
         if "q" in wanted:
             grad_q = (torch.zeros_like if packed else torch.empty_like)(x.q)
-            if of_queries is not None:
+            if isinstance(of_queries, HopperTiles):
                 launch = self._hopper.queries(of_queries, for_hopper, grad_q)
             else:
-                chosen = tiles or choose.queries_tiles(self._kind, *lengths)
+                chosen = of_queries or choose.queries_tiles(self._kind, *lengths)
                 blocks = _ceil(x.seqlen_q, chosen.block_m)
                 own = {"grad_q": matrix(grad_q), "heads": x.heads_q, "blocks": blocks}
                 grid = blocks * x.heads_q * x.batches
@@ -161,7 +165,7 @@ class Launches:
             tensors["q"] = grad_q
         if "bias" in wanted:
             assert x.bias is not None
-            chosen = tiles or choose.bias_tiles(self._kind, *lengths)
+            chosen = choose.bias_tiles(self._kind, *lengths)
             grad_bias = torch.zeros_like(x.bias)
             launches.append(self._bias_gradient(grad_bias, chosen, saved))
             tensors["bias"] = grad_bias
@@ -256,10 +260,11 @@ class Launches:
         grad_out: Tensor,
         grad_lse: Tensor | None,
         deltas: Tensor,
-        tiles: Tiles | None,
+        tiles: Tiles | HopperTiles | None,
     ) -> Launch:
         batch, heads, rows, width = out.shape
-        tiles = tiles or choose.rows_tiles(self._gpu, rows)
+        if not isinstance(tiles, Tiles):
+            tiles = choose.rows_tiles(self._gpu, rows)
         blocks = _ceil(rows, tiles.block_m)
         return Launch(
             kernel=delta,
@@ -321,11 +326,11 @@ class Launches:
             rule_key=getattr(x.mask_rule, "cache_key", None),
         )
 
-    def _hopper_tiles(self, table: Mapping[int, HopperTiles]) -> HopperTiles | None:
+    def _hopper_tiles(self, direction: str, rows: int) -> HopperTiles | None:
         """Those of the kernels for Hopper, None where they are not for this call."""
         if not self.hopper or self._gpu.capability != HOPPER or not suits(self.x):
             return None
-        return table.get(self._kind.widest)
+        return choose.hopper_tiles(direction, self._kind, rows)
 
     @cached_property
     def _hopper(self) -> HopperLaunches:
