@@ -100,9 +100,11 @@ class Launches:
                 pack,
             )
         ]
+        scratch = []
         if splits > 1:
             launches.append(self._combine(found, found_lse, out, lse, splits))
-        return Result(launches=launches, tensors={"out": out, "lse": lse})
+            scratch = [found, found_lse]
+        return Result(launches=launches, tensors={"out": out, "lse": lse}, scratch=scratch)
 
     def backward(
         self,
