@@ -1,4 +1,4 @@
-"""The command line: ``attnproof check|explain|list|doctor|replay|golden|traffic``."""
+"""The command line: ``attnproof check|explain|list|doctor|replay|golden|traffic|bench``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import typer
 
 from ..report.summary import Exit
+from .bench import bench
 from .check import check
 from .doctor import doctor
 from .golden import golden
@@ -29,6 +30,7 @@ app.command("list")(list_)
 app.command()(doctor)
 app.command()(replay)
 app.command()(traffic)
+app.command()(bench)
 app.add_typer(golden, name="golden")
 
 
