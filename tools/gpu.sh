@@ -7,12 +7,13 @@
 # under RESULTS as it comes, last junit.xml and summary.md, which is added to GITHUB_STEP_SUMMARY where
 # that is set. What an earlier run found there is removed first, unless RESUME=1 says to go on from it:
 # it may be of other code. Calibrations always go on. The exit status is 1 when something failed.
-# PARTs, all but the calibrations unless named:
+# PARTs, all but bench and the calibrations unless named:
 #   checks     judge every backend that the GPU can run; BACKENDS names some, LEVEL=full judges more,
 #              and one of MUST_RUN (names and commas) that cannot be judged here is a failure
 #   golden     the golden vectors, recomputed, and each backend judged on them
 #   tests      the tests of the Triton kernels: against fp64, precision, 250 repeats under load
 #   sanitize   compute-sanitizer (memcheck, initcheck, racecheck) on a cover of the Triton kernels
+#   bench      measure them side by side: SUITES (papers decoding overhead), of BENCH or all targets
 #   cuda, cpu  calibrate the error budget on torch's kernels, PROBLEMS random problems each
 # ATTNPROOF_COMMIT names the commit where there is no git checkout, SECONDS_EACH limits a part.
 set -u
@@ -73,6 +74,16 @@ sanitize() {
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 }
 
+bench() {
+  local suite
+  for suite in ${SUITES:-papers decoding overhead}; do
+    # shellcheck disable=SC2086 # names, one a word
+    timeout "$limit" attnproof bench ${BENCH:-} --suite "$suite" --device cuda --rounds "${ROUNDS:-10}" \
+      ${BASELINE:+--baseline "$BASELINE"} ${RESUME:+--resume} --json "$results/bench-$suite.json" \
+      --plot "$results/bench-$suite.svg" >"$results/bench-$suite.txt" 2>&1 || fail "bench $suite" $?
+  done
+}
+
 calibrate() { # DEVICE KERNEL WORKERS INSTRUCTION_SET|"" PROBLEMS
   local name="$1-$2${4:+-$4}"
   ${4:+env ATEN_CPU_CAPABILITY="$4"} timeout "$limit" python3 -m attnproof.calibration --device "$1" \
@@ -114,6 +125,7 @@ for part in "${parts[@]}"; do
   checks) python3 tools/backend_table.py "$results" --by chapter --judge || failed=1 ;;
   golden) python3 tools/backend_table.py "$results/golden" --by chapter --judge || failed=1 ;;
   tests) tail -n 1 "$results/tests.txt" ;;
+  bench) cat "$results"/bench-*.txt ;;
   sanitize) grep -H "ERROR SUMMARY\|RACECHECK SUMMARY\|calls of" "$results"/{planted,sanitize}-*.txt |
     sed "s#^$results/##" ;;
   cuda | cpu)

@@ -50,8 +50,8 @@ def measure(
     seed: int,
     begins: Callable[[str], None],
 ) -> Iterator[Measured]:
-    """Measure the peers on a cell. ``begins`` is told the name of a peer before its first call,
-    which may take the process down."""
+    """Measure the peers on a cell. ``begins`` is told the name of a peer before its turn, in which
+    it may take the process down."""
     found = {peer.name: Measured(cell=cell.id, peer=peer.name) for peer in peers}
     running: list[Peer] = []
     device = peers[0].device
@@ -90,6 +90,7 @@ def measure(
         random.shuffle(running)
         for peer in list(running):
             one = found[peer.name]
+            begins(peer.name)
             try:
                 call = peer.call(cell, inputs)
                 call()  # what its first call on new tensors does is not repeated by a user

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .rounds import Measured
 from .suites import SUITES
@@ -58,35 +59,48 @@ class Run:
         seen = self.read()
         everything = {cell.id for cell in SUITES[self.suite](self.dtype)}
         while everything - self.finished:
-            process = self._start()
-            began: tuple[str | None, str] | None = None
-            changed = time.monotonic()
-            while True:
-                ended = process.poll() is not None  # before reading: nothing comes after
-                lines = self._lines()[seen:]
-                seen += len(lines)
-                for line in lines:
-                    changed = time.monotonic()
-                    if "begins" in line:
-                        began = (line["cell"], line["begins"])
-                        told(" ".join(filter(None, [line["cell"], line["begins"]])))
-                    self._take(line)
-                if ended:
-                    break
-                if time.monotonic() - changed > timeout:
-                    process.kill()
-                time.sleep(POLL_SECONDS)
-            if process.returncode and began is not None:
-                self._lose(began, process.returncode)
-                seen += 1
-            elif process.returncode:
-                text = process.stderr.read().strip() if process.stderr else ""
-                raise RuntimeError(f"the process that measures did not start: {text[-2000:]}")
+            with tempfile.TemporaryFile() as said:
+                seen = self._go(self._start(said), seen, told, timeout, said)
         for name, _ in self.peers:
             if name not in self.first_results and name not in self.unloadable:
                 told(f"from import to first result: {name}")
                 self._append({"first_result": name, "seconds": self._first_result(name)})
         self.read()
+
+    def _go(
+        self,
+        process: subprocess.Popen[str],
+        seen: int,
+        told: Callable[[str], None],
+        timeout: float,
+        said: IO[bytes],
+    ) -> int:
+        """Follow one process to its end: how many lines there are then."""
+        began: tuple[str | None, str] | None = None
+        changed = time.monotonic()
+        while True:
+            ended = process.poll() is not None  # before reading: nothing comes after
+            lines = self._lines()[seen:]
+            seen += len(lines)
+            for line in lines:
+                changed = time.monotonic()
+                if "begins" in line:
+                    began = (line["cell"], line["begins"])
+                    told(" ".join(filter(None, [line["cell"], line["begins"]])))
+                self._take(line)
+            if ended:
+                break
+            if time.monotonic() - changed > timeout:
+                process.kill()
+            time.sleep(POLL_SECONDS)
+        if process.returncode and began is not None:
+            self._lose(began, process.returncode)
+            seen += 1
+        elif process.returncode:
+            said.seek(0)
+            text = said.read().decode(errors="replace").strip()
+            raise RuntimeError(f"the process that measures did not start: {text[-2000:]}")
+        return seen
 
     def read(self) -> int:
         """Take what the file has: how many lines."""
@@ -132,7 +146,7 @@ class Run:
             file.write(json.dumps(line) + "\n")
         self._take(line)
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _start(self, said: IO[bytes]) -> subprocess.Popen[str]:
         request = self.settings | {
             "file": str(self.file),
             "torch_dtype": TORCH_DTYPES[self.dtype],
@@ -141,7 +155,7 @@ class Run:
         }
         process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.child"],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, text=True,
         )  # fmt: skip
         assert process.stdin is not None
         process.stdin.write(json.dumps(request))
