@@ -108,6 +108,6 @@ def _compile(source: CodegenSource, call: str, folder: Path) -> dict[str, Outcom
 
 
 def described(error: Exception) -> str:
-    """An exception in one line: compilers write pages."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__
+    """An exception in one line, of the first and the last that it has: compilers write pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " … ".join([type(error).__name__, *dict.fromkeys([*lines[:1], *lines[-1:]])])[:300]

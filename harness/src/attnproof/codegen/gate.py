@@ -46,8 +46,8 @@ class Change:
     fails: bool = False
 
     def __str__(self) -> str:
-        values = f" {self.pinned} → {self.found}" if self.pinned or self.found else ""
-        return f"{self.what}{values}"
+        values = " → ".join(value for value in (self.pinned, self.found) if value)
+        return f"{self.what} {values}" if values else self.what
 
 
 def compare(pinned: Mapping[str, Measured], found: Mapping[str, Outcome]) -> list[Change]:
@@ -61,7 +61,7 @@ def compare(pinned: Mapping[str, Measured], found: Mapping[str, Outcome]) -> lis
 
 def _compare(kernel: str, pinned: Measured | None, outcome: Outcome | None) -> Iterator[Change]:
     if outcome is None:
-        yield Change(kernel=kernel, what="pinned, but no longer compiled", fails=True)
+        yield Change(kernel=kernel, what="pinned, but not compiled any more", fails=True)
         return
     found = outcome.measured
     if found is None:
