@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,16 @@ CALLS = {
         "forward fp32 64 dense",
     ),
     90: (
+        "hopper-backward bf16 128 causal",
+        "hopper-backward fp16 64 dense",
         "backward fp16 256 causal",
         "backward bf16 64 dense",
         "backward bf16 128 bias",
         "backward bf16 80 varlen",
         "forward fp16 256 causal",
+        "hopper-forward bf16 128 causal",
+        "hopper-forward bf16 64 dense",
+        "hopper-forward fp16 256 window",
         "forward bf16 128 causal",
         "forward bf16 128 window",
         "forward fp16 128 bias",
@@ -211,11 +216,13 @@ def _seed(x: Arguments) -> Tensor | None:
     return torch.zeros(1, dtype=torch.int64) if x.dropout_p else None
 
 
-def _forward(capability: int, dtype: torch.dtype, head_dim: int, feature: str) -> list[Launch]:
+def _forward(
+    capability: int, dtype: torch.dtype, head_dim: int, feature: str, *, hopper: bool = False
+) -> list[Launch]:
     from .v2_launches import Launches
 
     x = _arguments(dtype, head_dim, feature)
-    return Launches(x, _seed(x), GPUS[capability]).forward(splits=1).launches
+    return Launches(x, _seed(x), GPUS[capability], hopper).forward(splits=1).launches
 
 
 def _decode(capability: int, dtype: torch.dtype, head_dim: int, feature: str) -> list[Launch]:
@@ -229,11 +236,13 @@ def _decode(capability: int, dtype: torch.dtype, head_dim: int, feature: str) ->
     return Launches(x, gpu=GPUS[capability]).forward(splits=4).launches
 
 
-def _backward(capability: int, dtype: torch.dtype, head_dim: int, feature: str) -> list[Launch]:
+def _backward(
+    capability: int, dtype: torch.dtype, head_dim: int, feature: str, *, hopper: bool = False
+) -> list[Launch]:
     from .v2_launches import Launches
 
     x = _arguments(dtype, head_dim, feature)
-    made = Launches(x, _seed(x), GPUS[capability])
+    made = Launches(x, _seed(x), GPUS[capability], hopper)
     out = torch.empty_like(x.q)
     wanted = {"q", "k", "v"} | ({"bias"} if x.bias is not None else set())
     return made.backward(out, _of_rows(out), out, None, wanted).launches
@@ -280,8 +289,10 @@ def _prefix_lm() -> Any:
 
 PASSES: dict[str, Callable[[int, torch.dtype, int, str], list[Launch]]] = {
     "forward": _forward,
+    "hopper-forward": partial(_forward, hopper=True),
     "decode": _decode,
     "backward": _backward,
+    "hopper-backward": partial(_backward, hopper=True),
     "keep-mask": _keep_mask,
     "v1-forward": _v1_forward,
     "v1-backward": _v1_backward,

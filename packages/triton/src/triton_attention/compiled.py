@@ -8,6 +8,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.compiler import compile as compile_source
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.cache import get_cache_key
 from triton.runtime.jit import create_function_from_signature, get_cache_invalidating_env_vars
 
@@ -49,4 +50,6 @@ def _source(launch: Launch, capability: int) -> tuple[Any, GPUTarget, dict[str, 
     parsed, signature, constexprs, attributes = kernel._pack_args(
         backend, options, bound, specialization, options
     )
-    return ASTSource(kernel, signature, constexprs, attributes), target, parsed.__dict__
+    of_kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = of_kind(kernel, signature, constexprs, attributes)
+    return source, target, parsed.__dict__

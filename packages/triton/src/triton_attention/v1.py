@@ -13,7 +13,8 @@ from .kernels.tensors import matrix, vector
 from .kernels.v1_backward import backward
 from .kernels.v1_forward import forward
 from .launch import Launch, Result, device_of
-from .tiles import PRODUCTS, Gpu, Kind, Tiles, gpu_of, padded, v1_tiles
+from .tiles import PRODUCTS, Gpu, Kind, gpu_of, padded, v1_tiles
+from .tiles_table import Tiles
 
 
 def attention(
