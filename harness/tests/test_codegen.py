@@ -185,9 +185,9 @@ def test_kernels_that_are_new_gone_or_do_not_compile() -> None:
     found = compare({"gone": good, "broken": good}, outcomes)
     assert [(c.kernel, str(c), c.fails) for c in found] == [
         ("broken", "does not compile: RuntimeError … no", True),
-        ("gone", "pinned, but not compiled any more", True),
+        ("gone", "gone: pinned, and compiled no more", True),
         ("new", "bytes of shared memory 1,000, the limit is 999", True),
-        ("new", "not pinned", True),
+        ("new", "new: not pinned", True),
     ]
     text = printed(table(found))
     assert [line.split()[0] for line in text.splitlines()[2:]] == ["broken", "gone", "new"]

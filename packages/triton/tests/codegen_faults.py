@@ -1,19 +1,25 @@
 """A small kernel with one planted fault at a time, as a source of the codegen gate.
 
 It loads through device-side descriptors and has four warps: Triton 3.6 specialises warps for no
-others.
+others. Run as a script, it prints what the gate says about each fault.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from rich.console import Console
 
+from attnproof.codegen.compiling import compile_all
+from attnproof.codegen.gate import compare
+from attnproof.codegen.text import table
 from triton_attention import codegen
 from triton_attention.attnproof_backend import TritonKernel
 from triton_attention.launch import Launch
@@ -53,7 +59,7 @@ def attend(
             p = p[:, :, None]  # a dot of this does not compile
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
         m = m_new
-    if FAULT != "stores" and FAULT != "pointers":
+    if FAULT != "stores":
         out_tiles = tl.make_tensor_descriptor(out, [rows, D], [D, 1], [BLOCK, D])
         out_tiles.store([i, 0], (acc / l[:, None]).to(out.dtype.element_ty))
     else:
@@ -95,6 +101,24 @@ PLANTED: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+# Each fault, with the kernel as it should be.
+FAULTS = {
+    "ampere, too few warps": "ampere",
+    "ampere, fp32": "ampere",
+    "hopper, large tiles, too few warps": "hopper, large tiles",
+    "hopper, too many stages": "hopper",
+    "hopper, rows of 32": "hopper",
+    "hopper, fp32": "hopper",
+    "hopper, pointers": "hopper",
+    "hopper, no descriptor for out": "hopper",
+    "hopper": "hopper, specialized",
+    "hopper, exp": "hopper",
+    "hopper, divide": "hopper",
+    "hopper, wrong": "hopper",
+    "blackwell, rows of 256": "blackwell",
+}
+
+
 @dataclass(frozen=True)
 class Planted:
     """The source; every kernel is a call of its own."""
@@ -110,3 +134,18 @@ class Planted:
 
     def toolchain(self) -> Mapping[str, str]:
         return codegen.toolchain()
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        found = compile_all(Planted(), folder=Path(folder)).kernels
+    pinned = {fault: found[good].measured for fault, good in FAULTS.items()}
+    compared = compare(pinned, {fault: found[fault] for fault in FAULTS})
+    failing = {change.kernel for change in compared if change.fails}
+    # What else differs in these is left out.
+    shown = [change for change in compared if change.fails or change.kernel not in failing]
+    Console(width=100).print(table(shown))
+
+
+if __name__ == "__main__":
+    main()

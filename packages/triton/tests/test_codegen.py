@@ -13,27 +13,21 @@ from triton_attention.tiles import GPUS
 
 ROOT = Path(__file__).parents[3]
 SPILLS = {"bytes of spill stores", "bytes of spill loads"}
-# By fault: what is pinned, and what fails.
-FAULTS = {
-    "ampere, too few warps": ("ampere", SPILLS),
-    "ampere, fp32": ("ampere", {"HMMA"}),
-    "hopper, large tiles, too few warps": (
-        "hopper, large tiles",
-        SPILLS | {"advisory C7511 of ptxas"},
-    ),
-    "hopper, too many stages": ("hopper", {"bytes of shared memory"}),
-    "hopper, rows of 32": ("hopper", {"HGMMA"}),
-    "hopper, fp32": ("hopper", {"HGMMA"}),
-    "hopper, pointers": ("hopper", {"UTMALDG", "UTMASTG"}),
-    "hopper, no descriptor for out": ("hopper", {"UTMASTG"}),
-    "hopper": ("hopper, specialized", {"warp-specialised loops"}),
-    "blackwell, rows of 256": (
-        "blackwell",
-        {"columns of tensor memory", "UTCMMA", "UTMALDG", "UTMASTG"},
-    ),
+# What fails, by fault.
+FAILS = {
+    "ampere, too few warps": SPILLS,
+    "ampere, fp32": {"HMMA"},
+    "hopper, large tiles, too few warps": SPILLS | {"advisory C7511 of ptxas"},
+    "hopper, too many stages": {"bytes of shared memory"},
+    "hopper, rows of 32": {"HGMMA"},
+    "hopper, fp32": {"HGMMA"},
+    "hopper, pointers": {"UTMALDG"},
+    "hopper, no descriptor for out": {"UTMASTG"},
+    "hopper": {"warp-specialised loops"},
+    "blackwell, rows of 256": {"columns of tensor memory", "UTCMMA", "UTMALDG", "UTMASTG"},
 }
 # What only warns, and the count that shows it.
-DRIFT = {"hopper, exp": "FMUL", "hopper, divide": "MUFU", "hopper, specialized": "registers"}
+DRIFT = {"hopper, exp": "FMUL", "hopper, divide": "MUFU"}
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +35,42 @@ def found(tmp_path_factory):
     """Every planted kernel, compiled in processes that do not interpret."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parent)  # where those processes look as well
-        from codegen_faults import Planted
+        import codegen_faults
 
-        return compile_all(Planted(), folder=tmp_path_factory.mktemp("cache")).kernels
-
-
-def changes(found, pinned, compiled):
-    """What differs when one kernel is pinned and the other is compiled in its place."""
-    return compare({"kernel": found[pinned].measured}, {"kernel": found[compiled]})
+        folder = tmp_path_factory.mktemp("cache")
+        kernels = compile_all(codegen_faults.Planted(), folder=folder).kernels
+        return kernels, codegen_faults.FAULTS
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+def changes(found, fault):
+    """What differs when the kernel as it should be is pinned, and the fault is compiled."""
+    kernels, faults = found
+    good = kernels[faults[fault]]
+    assert compare({fault: good.measured}, {fault: good}) == []
+    return compare({fault: good.measured}, {fault: kernels[fault]})
+
+
+@pytest.mark.parametrize("fault", FAILS)
 def test_a_planted_fault_fails(found, fault):
-    pinned, expected = FAULTS[fault]
-    assert changes(found, pinned, pinned) == []
-    assert {change.what for change in changes(found, pinned, fault) if change.fails} == expected
+    assert {change.what for change in changes(found, fault) if change.fails} == FAILS[fault]
 
 
 @pytest.mark.parametrize("fault", DRIFT)
 def test_drift_only_warns(found, fault):
-    drifted = changes(found, "hopper", fault)
+    drifted = changes(found, fault)
     assert DRIFT[fault] in {change.what for change in drifted}
     assert not any(change.fails for change in drifted)
 
 
 def test_what_does_not_compile_fails(found):
-    (change,) = compare({"kernel": found["hopper"].measured}, {"kernel": found["hopper, wrong"]})
+    (change,) = changes(found, "hopper, wrong")
     assert change.fails
     assert "does not compile: CompilationError" in change.what
     assert "must have equal ranks" in change.what
+
+
+def test_every_fault_is_tested(found):
+    assert found[1].keys() == {*FAILS, *DRIFT, "hopper, wrong"}
 
 
 def test_the_calls_cover_what_is_used():
@@ -94,6 +95,31 @@ def test_every_call_is_pinned():
         "kernels"
     ]
     assert {name.rpartition(": ")[0] for name in pins} == set(source.calls())
+
+
+def test_every_kernel_is_pinned_for_every_architecture():
+    pins = json.loads((ROOT / "golden/codegen/kernels.json").read_text("utf-8"))["triton"][
+        "kernels"
+    ]
+    found = {}
+    for name in pins:
+        architecture, call, *_, kernel = name.split()
+        if "hopper" not in call:
+            found.setdefault(architecture, set()).add((call.startswith("v1"), kernel))
+    assert len(found) == 5
+    assert len({frozenset(kernels) for kernels in found.values()}) == 1
+
+
+@pytest.mark.parametrize("kernel", ["forward", "keys_and_values", "queries"])
+def test_the_kernels_for_hopper_are_pinned_as_such(kernel):
+    pins = json.loads((ROOT / "golden/codegen/kernels.json").read_text("utf-8"))["triton"][
+        "kernels"
+    ]
+    found = [pin for name, pin in pins.items() if "hopper" in name and name.endswith(f": {kernel}")]
+    assert found
+    for pin in found:
+        assert pin["warp_specialized"] >= 1
+        assert {"HGMMA", "UTMALDG"} <= pin["instructions"].keys()
 
 
 def test_an_unknown_call_is_named():

@@ -61,7 +61,7 @@ def compare(pinned: Mapping[str, Measured], found: Mapping[str, Outcome]) -> lis
 
 def _compare(kernel: str, pinned: Measured | None, outcome: Outcome | None) -> Iterator[Change]:
     if outcome is None:
-        yield Change(kernel=kernel, what="pinned, but not compiled any more", fails=True)
+        yield Change(kernel=kernel, what="gone: pinned, and compiled no more", fails=True)
         return
     found = outcome.measured
     if found is None:
@@ -75,7 +75,7 @@ def _compare(kernel: str, pinned: Measured | None, outcome: Outcome | None) -> I
             over = f"{used:,}, the limit is {limit:,}"
             yield Change(kernel=kernel, what=UNITS[what], pinned=then, found=over, fails=True)
     if pinned is None:
-        yield Change(kernel=kernel, what="not pinned", fails=True)
+        yield Change(kernel=kernel, what="new: not pinned", fails=True)
         return
     yield from _advisories(kernel, pinned.advisories, found.advisories)
     yield from _instructions(kernel, pinned.instructions, found.instructions)

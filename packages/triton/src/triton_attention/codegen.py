@@ -37,6 +37,7 @@ EVERYWHERE = (
     "forward bf16 128 dense",
     "forward bf16 64 causal",
     "decode bf16 128 paged",
+    "keep-mask fp16 64 dropout",
 )
 CALLS = {
     100: (
@@ -53,8 +54,8 @@ CALLS = {
     90: (
         "hopper-backward bf16 128 causal",
         "hopper-backward fp16 64 dense",
-        "backward fp16 256 causal",
-        "backward bf16 64 dense",
+        "backward fp16 256 window",
+        "backward bf16 64 softcap-alibi",
         "backward bf16 128 bias",
         "backward bf16 80 varlen",
         "forward fp16 256 causal",
@@ -70,18 +71,16 @@ CALLS = {
         "forward bf16 64 rule",
         "forward fp32 128 dense",
         "decode fp16 64 dense",
-        "keep-mask fp16 64 dropout",
     ),
     89: (
         "backward fp32 64 causal",
-        "backward fp16 96 window",
+        "backward fp16 96 bias",
         "forward fp16 256 softcap-alibi",
         "forward fp16 128 window",
         "forward bf16 40 bias",
         "forward bf16 128 dropout",
         "forward bf16 64 varlen",
         "forward fp32 16 dense",
-        "keep-mask fp16 64 dropout",
     ),
     86: (
         "backward bf16 64 dropout",
@@ -94,7 +93,7 @@ CALLS = {
         "forward fp32 256 dense",
     ),
     80: (
-        "backward bf16 256 dense",
+        "backward bf16 256 bias",
         "backward fp16 80 softcap-alibi",
         "forward fp16 128 softcap-alibi",
         "forward fp16 80 window",
