@@ -39,7 +39,16 @@ def found(tmp_path_factory):
 
         folder = tmp_path_factory.mktemp("cache")
         kernels = compile_all(codegen_faults.Planted(), folder=folder).kernels
+        files = times(folder)
+        assert len(files) == sum(outcome.error is None for outcome in kernels.values())
+        assert compile_all(codegen_faults.Planted(), folder=folder).kernels == kernels
+        assert times(folder) == files, "nothing is measured again"
         return kernels, codegen_faults.FAULTS
+
+
+def times(folder):
+    """When each file was written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 def changes(found, fault):
