@@ -74,8 +74,8 @@ def attention_backward(
 def keep_mask(*tensors: Tensor | None, **options: Any) -> Tensor:
     """What dropout keeps, bool (B, Hq, Sq, Sk)."""
     x, seed = _read(tensors, options)
-    if seed is None:
-        raise ValueError("seed is None: accepted is the seed of dropout, int64 (1,)")
+    if seed is None or not x.dropout_p:
+        raise ValueError(f"dropout_p={x.dropout_p}: accepted is more than 0, with a seed")
     return passes.keep_mask(x, seed)
 
 
@@ -133,7 +133,8 @@ def _setup_context(
     keyword_only_inputs: dict[str, Any],
     output: tuple[Tensor, Tensor],
 ) -> None:
-    needed = dict(zip((*TENSORS, "seed"), ctx.needs_input_grad, strict=False))
+    # What has its default was left out, and is none that needs a gradient.
+    needed = dict.fromkeys(TENSORS, False) | dict(zip(TENSORS, ctx.needs_input_grad, strict=False))
     if needed["alibi_slopes"]:
         raise ValueError(
             "alibi_slopes requires a gradient, and has none: accepted is one that is detached"
