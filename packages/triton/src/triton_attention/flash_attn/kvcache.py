@@ -71,15 +71,17 @@ def flash_attn_with_kvcache(
             k = _rotated(k, tables, lengths, True, rotary_interleaved)
         append_to_cache(k_cache, v_cache, k.transpose(1, 2), v.transpose(1, 2), lengths, table)
         lengths = lengths + k.shape[1]
-    batch = q.shape[0]
     if cache_leftpad is not None:
-        # Seen from the bottom right, keys that are hidden are keys that are not there.
-        columns = torch.arange(capacity, device=q.device)
-        given["mask"] = (columns >= cache_leftpad[:, None])[:, None, None]
+        if lengths is None:
+            lengths = torch.full_like(cache_leftpad, capacity)
+        lengths = lengths - cache_leftpad
+        k_cache, v_cache, table = _row_by_row(k_cache, v_cache, table, cache_leftpad)
+    if table is None:
+        k_cache, v_cache = k_cache[: q.shape[0]], v_cache[: q.shape[0]]
     out, lse = attention(
         q.transpose(1, 2),
-        k_cache if table is not None else k_cache[:batch],
-        v_cache if table is not None else v_cache[:batch],
+        k_cache,
+        v_cache,
         **given,
         key_lengths=lengths,
         page_table=table,
@@ -101,6 +103,25 @@ def _lengths(
             return None
         cache_seqlens = capacity
     return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+
+
+def _row_by_row(
+    k_cache: Tensor, v_cache: Tensor, table: Tensor | None, first: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The cache in pages of one row, and a table that begins at the ``first`` key.
+
+    What stands before it must not be read: a mask would still multiply it, NaN or not, by 0.
+    """
+    page_size = k_cache.shape[2]
+    capacity = page_size * (1 if table is None else table.shape[1])
+    rows = (first[:, None] + torch.arange(capacity, device=first.device)).clamp(max=capacity - 1)
+    if table is None:
+        pages = torch.arange(first.shape[0], device=first.device)[:, None]
+    else:
+        pages = table.gather(1, rows // page_size)
+    # (pages, H, page_size, D) as (rows, H, 1, D)
+    k, v = (cache.transpose(1, 2).flatten(0, 1)[:, :, None] for cache in (k_cache, v_cache))
+    return k, v, (pages * page_size + rows % page_size).to(torch.int32)
 
 
 def _rotary_tables(
