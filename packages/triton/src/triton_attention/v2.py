@@ -70,29 +70,36 @@ def attention(
     """
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"num_splits={num_splits!r}: accepted is 1 or more, or None")
-    options: dict[str, Any] = {
-        "scale": scale,
-        "causal": causal,
-        "window": window,
-        "softcap": softcap,
+    tensors = {
+        "q": q,
+        "k": k,
+        "v": v,
         "alibi_slopes": alibi_slopes,
         "mask": mask,
-        "mask_rule": mask_rule,
         "bias": bias,
         "sinks": sinks,
         "key_lengths": key_lengths,
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
+        "page_table": page_table,
+    }
+    options: dict[str, Any] = {
+        "scale": scale,
+        "causal": causal,
+        "window": window,
+        "softcap": softcap,
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
-        "page_table": page_table,
         "dropout_p": dropout_p,
     }
-    if torch.compiler.is_compiling():
-        call = _in_a_graph if mask_rule is None else _outside_of_graphs
-        out, lse, kept = call(q, k, v, options, num_splits, return_keep_mask)
+    if not torch.compiler.is_compiling():
+        options["mask_rule"] = mask_rule
+        out, lse, kept = _plain(tensors, options, num_splits, return_keep_mask)
+    elif mask_rule is not None:
+        options["mask_rule"] = mask_rule
+        out, lse, kept = _outside_of_graphs(tensors, options, num_splits, return_keep_mask)
     else:
-        out, lse, kept = _plain(q, k, v, options, num_splits, return_keep_mask)
+        out, lse, kept = _in_a_graph(tensors, options, num_splits, return_keep_mask)
     if return_keep_mask:
         return out, lse, kept  # type: ignore[return-value]
     return (out, lse) if return_lse else out
@@ -101,40 +108,32 @@ def attention(
 Results = tuple[Tensor, Tensor, Tensor | None]
 
 
+Tensors = dict[str, Tensor | None]  # those of ``TENSORS``, in their order
+
+
 def _plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    options: dict[str, Any],
-    num_splits: int | None,
-    keep_mask: bool,
+    tensors: Tensors, options: dict[str, Any], num_splits: int | None, keep_mask: bool
 ) -> Results:
     """A function of autograd alone: a call of an operator takes longer."""
-    x = Arguments(q=q, k=k, v=v, **options)
-    seed = _seed(q) if x.dropout_p else None
+    x = Arguments(**tensors, **options)  # type: ignore[arg-type]
+    seed = _seed(x.q) if x.dropout_p else None
     out, lse = _Attention.apply(  # type: ignore[no-untyped-call]
-        q, k, v, x.bias, x.sinks, x, seed, num_splits
+        x.q, x.k, x.v, x.bias, x.sinks, x, seed, options, num_splits
     )
     return out, lse, passes.keep_mask(x, seed) if keep_mask and seed is not None else None
 
 
 def _in_a_graph(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    options: dict[str, Any],
-    num_splits: int | None,
-    keep_mask: bool,
+    tensors: Tensors, options: dict[str, Any], num_splits: int | None, keep_mask: bool
 ) -> Results:
     """The same by operators."""
-    tensors = [options[name] for name in TENSORS[3:]]
-    rest = {n: value for n, value in options.items() if n not in (*TENSORS, "window", "mask_rule")}
-    rest["window_left"], rest["window_right"] = options["window"] or (None, None)
-    seed = _seed(q) if options["dropout_p"] else None
-    out, lse = operators.attention(q, k, v, *tensors, seed, num_splits=num_splits, **rest)
+    given = {name: value for name, value in options.items() if name != "window"}
+    given["window_left"], given["window_right"] = options["window"] or (None, None)
+    seed = _seed(tensors["q"]) if options["dropout_p"] else None  # type: ignore[arg-type]
+    out, lse = operators.attention(*tensors.values(), seed, num_splits=num_splits, **given)
     kept = None
     if keep_mask and seed is not None:
-        kept = operators.keep_mask(q, k, v, *tensors, seed, **rest)
+        kept = operators.keep_mask(*tensors.values(), seed, **given)
     return out, lse, kept
 
 
@@ -148,7 +147,8 @@ def _seed(q: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """(q, k, v, bias, sinks, arguments, seed, num_splits) -> (out, lse)."""
+    """(q, k, v, bias, sinks, arguments, seed, options, num_splits) -> (out, lse); ``options`` are
+    the arguments that are no tensors."""
 
     @staticmethod
     def forward(
@@ -160,13 +160,14 @@ class _Attention(torch.autograd.Function):
         sinks: Tensor | None,
         x: Arguments,
         seed: Tensor | None,
+        options: dict[str, Any],
         num_splits: int | None,
     ) -> tuple[Tensor, Tensor]:
         out, lse = passes.forward(x, seed, num_splits)
         ctx.set_materialize_grads(False)
         # All tensors are saved through autograd, and nowhere else: it then notices when one is
         # changed in place, frees them after backward, and may keep them in another place.
-        ctx.options = x.options()
+        ctx.options = options
         ctx.save_for_backward(seed, out, lse, *x.tensors())
         return out, lse
 
@@ -178,4 +179,4 @@ class _Attention(torch.autograd.Function):
         needed = zip(DIFFERENTIABLE, ctx.needs_input_grad, strict=False)
         wanted = {name for name, need in needed if need}
         found = passes.backward(x, seed, out, lse, grad_out, grad_lse, wanted)
-        return (*(found.get(name) for name in DIFFERENTIABLE), None, None, None)
+        return (*(found.get(name) for name in DIFFERENTIABLE), *(None,) * 4)
