@@ -238,19 +238,52 @@ def test_what_comes_back(device):
     assert (signs.shape, signs.dtype) == ((0,), q.dtype)
 
 
-@pytest.mark.parametrize("function", [separate, varlen])
-def test_compiled_is_plain_to_the_bit(function, device):
-    given = packed((13, 7), (9, 20), D) if function is varlen else qkv(SQ, SK, D)
-    given = arguments(device, **given, causal="bottom-right", dropout_p=0.2)
-    call = torch.compile(function, backend="aot_eager", fullgraph=function is separate)
+def tokens(count, heads=HQ):
+    return randn(count, heads, D)
+
+
+def cu(*ends):
+    return torch.tensor([0, *ends], dtype=torch.int32)
+
+
+CALLS = {
+    "dense": lambda: ("flash_attn_func", randn(B, SQ, HQ, D), *randn(2, B, SK, 2, D), {}),
+    "slopes": lambda: (
+        "flash_attn_func",
+        *randn(3, B, SQ, HQ, D),
+        {"alibi_slopes": rand(B, HQ), "window_size": (5, -1)},
+    ),
+    "in-one": lambda: ("flash_attn_qkvpacked_func", randn(B, SQ, 3, HQ, D), {"dropout_p": 0.2}),
+    "packed": lambda: (
+        "flash_attn_varlen_func",
+        *(tokens(20), tokens(29, 2), tokens(29, 2), cu(13, 20), cu(9, 29), 13, 20),
+        {"dropout_p": 0.2, "return_attn_probs": True},
+    ),
+    "paged": lambda: (
+        "flash_attn_varlen_func",
+        *(tokens(20), *randn(2, 5, 8, 2, D), cu(13, 20), cu(9, 29), 13, 20),
+        {"block_table": torch.tensor([[4, 1, 0], [2, 0, 3]], dtype=torch.int32)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_is_plain_to_the_bit(name, device):
+    """Without a break of the graph, forward and backward."""
+    function, *values, options = CALLS[name]()
+    plain = getattr(library, function)
+    values = [value.to(device) if isinstance(value, torch.Tensor) else value for value in values]
+    options = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in options.items()}
+    leaves = [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    leaves = [leaf.requires_grad_() for leaf in (leaves[:1] if name == "paged" else leaves)]
     found = []
-    for each in (function, call):
-        leaves, others = dense.split(given)
+    for call in (plain, torch.compile(plain, backend="aot_eager", fullgraph=True)):
         torch.manual_seed(3)
-        out, lse, kept = each(**leaves, **others)
+        returned = call(*values, **options, causal=True)
+        returned = returned if isinstance(returned, tuple) else (returned,)
         torch.manual_seed(4)
-        grads = torch.autograd.grad(out, leaves.values(), torch.randn_like(out))
-        found.append((out, lse, kept, *grads))
+        grads = torch.autograd.grad(returned[0], leaves, torch.randn_like(returned[0]))
+        found.append((*returned, *grads))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 

@@ -118,6 +118,26 @@ def test_compiled_is_plain_to_the_bit(form, dynamic, device):
         assert plain.stride() == compiled.stride()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what inductor imports
+def test_compiled_by_inductor(device):
+    leaves, options = with_leaves(
+        given("scores", device) | {"bias": randn(1, HQ, SQ, SK).to(device)}
+    )
+
+    def layer(q, **others):
+        out, lse = attention(q * 2, **others, return_lse=True)
+        return out.transpose(1, 2).relu(), lse
+
+    found = []
+    for function in (layer, torch.compile(layer, fullgraph=True, dynamic=True)):
+        out, lse = function(**options)
+        grads = torch.autograd.grad(out.sum() + lse.sum(), list(leaves.values()))
+        found.append((out, lse, *grads))
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(plain, compiled)
+
+
 def test_other_sizes_are_not_compiled_again(device):
     count = CompileCounterWithBackend("aot_eager")
     call = torch.compile(attention, backend=count, fullgraph=True, dynamic=True)
