@@ -19,8 +19,8 @@ PLACES = ("--chapter", "varlen", "--chapter", "paged", "--chapter", "lse")
     [
         (*TORCH, *FEW),
         (*LIBRARY, *FEW, *PLACES),
-        pytest.param(TORCH, marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
-        pytest.param(LIBRARY, marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+        pytest.param(TORCH, marks=pytest.mark.slow),
+        pytest.param(LIBRARY, marks=pytest.mark.slow),
     ],
     ids=["torch", "library", "torch-all", "library-all"],
 )
