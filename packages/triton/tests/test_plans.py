@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from triton_attention import plans
+from triton_attention import attention, plans
 from triton_attention.arguments import Arguments
 from triton_attention.launch import Result
 from triton_attention.v2_launches import Launches
@@ -168,3 +168,36 @@ def test_plans_do_not_pile_up(device, monkeypatch):
 
 def test_nothing_to_launch():
     assert plans.run((), None, lambda: Result(launches=[], tensors={})) == {}
+
+
+def test_a_call_without_options_that_are_tensors_goes_by_plans(device):
+    def results(causal):
+        q, k, v = (tensor.requires_grad_() for tensor in qkv(device))
+        torch.manual_seed(1)
+        grad_out = torch.randn_like(v)
+        out, lse = attention(q, k, v, causal=causal, return_lse=True)
+        return [out, lse, *torch.autograd.grad(out, (q, k, v), grad_out)]
+
+    for causal in ("none", "top-left"):
+        torch.manual_seed(0)
+        first = results(causal)
+        count = len(plans._plans)
+        torch.manual_seed(0)
+        again = results(causal)
+        assert len(plans._plans) == count
+        assert all(map(torch.equal, first, again))
+    assert len(plans._plans) == 4  # forward and backward of each
+
+
+def test_a_call_with_a_mask_does_not(device):
+    mask = torch.rand(33, 33, device=device)[None, None] < 0.5
+    attention(*qkv(device), mask=mask)
+    assert not plans._plans
+
+
+def test_a_call_that_is_wrong_fails_each_time(device):
+    q, k, v = qkv(device)
+    attention(q, k, v)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="window"):
+            attention(q, k, v, window=(-1, 0))

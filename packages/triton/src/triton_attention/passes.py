@@ -3,13 +3,17 @@ the operators share."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
+from . import plans
 from .arguments import Arguments
 from .launch import device_of
 from .v2_launches import Launches
 
+FORWARD, BACKWARD = "forward", "backward"
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
 
 
@@ -17,8 +21,11 @@ def forward(x: Arguments, seed: Tensor | None, splits: int | None = None) -> tup
     """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq); ``splits``: of the keys, None for V2's own rule."""
     with device_of(x.q):
         launches = Launches(x, seed)
-        result = launches.forward() if splits is None else launches.forward(splits=splits)
-        found = result.run()
+        if _plain(x):
+            rest = (FORWARD, splits, *_options(x))
+            found = plans.run((x.q, x.k, x.v), rest, lambda: launches.forward(splits=splits))
+        else:
+            found = launches.forward(splits=splits).run()
     return found["out"], found["lse"]
 
 
@@ -35,8 +42,15 @@ def backward(
     refuse_gradients(x.page_table, wanted)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
+    given = (out, lse, grad_out, grad_lse, wanted)
     with device_of(x.q):
-        found = Launches(x, seed).backward(out, lse, grad_out, grad_lse, wanted).run()
+        launches = Launches(x, seed)
+        if _plain(x) and grad_lse is None:
+            rest = (BACKWARD, *sorted(wanted), *_options(x))
+            inputs = (x.q, x.k, x.v, out, lse, grad_out)
+            found = plans.run(inputs, rest, lambda: launches.backward(*given))
+        else:
+            found = launches.backward(*given).run()
     if "sinks" in wanted and x.sinks is not None:
         found["sinks"] = _sink_gradient(x.sinks, lse, found["delta"])
     return {name: found[name] for name in DIFFERENTIABLE if name in wanted}
@@ -46,6 +60,21 @@ def keep_mask(x: Arguments, seed: Tensor) -> Tensor:
     """What dropout keeps, bool (B, Hq, Sq, Sk)."""
     with device_of(x.q):
         return Launches(x, seed).keep_mask().run()["keep_mask"]
+
+
+def _plain(x: Arguments) -> bool:
+    """Whether q, k and v are all that a pass reads, and all else are numbers."""
+    return (
+        not x.dropout_p
+        and x.mask_rule is None
+        and x.max_seqlen_q is x.max_seqlen_k is None
+        and all(tensor is None for tensor in x.tensors()[3:])
+    )
+
+
+def _options(x: Arguments) -> tuple[Hashable, ...]:
+    """Those numbers."""
+    return x.scale, x.causal, tuple(x.window or ()), x.softcap
 
 
 def refuse_gradients(page_table: Tensor | None, wanted: set[str]) -> None:
