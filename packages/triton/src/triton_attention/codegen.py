@@ -41,6 +41,7 @@ EVERYWHERE = (
 )
 CALLS = {
     100: (
+        "backward bf16 256 causal",
         "backward fp16 64 dense",
         "backward bf16 64 bias",
         "forward fp16 256 causal",
