@@ -7,13 +7,14 @@
 # under RESULTS as it comes, last junit.xml and summary.md, which is added to GITHUB_STEP_SUMMARY where
 # that is set. What an earlier run found there is removed first, unless RESUME=1 says to go on from it:
 # it may be of other code. Calibrations always go on. The exit status is 1 when something failed.
-# PARTs, all but bench and the calibrations unless named:
+# PARTs, all but the benchmark and the calibrations unless named:
 #   checks     judge every backend that the GPU can run; BACKENDS names some, LEVEL=full judges more,
 #              and one of MUST_RUN (names and commas) that cannot be judged here is a failure
 #   golden     the golden vectors, recomputed, and each backend judged on them
 #   tests      the tests of the Triton kernels: against fp64, precision, 250 repeats under load
 #   sanitize   compute-sanitizer (memcheck, initcheck, racecheck) on a cover of the Triton kernels
-#   bench      measure them side by side: SUITES (papers decoding overhead), of BENCH or all targets
+#   bench      how fast BACKENDS are, side by side; BENCH holds further options of attnproof bench, such
+#              as "--baseline flex --only forward". What is left after SECONDS_EACH, RESUME=1 does
 #   cuda, cpu  calibrate the error budget on torch's kernels, PROBLEMS random problems each
 # ATTNPROOF_COMMIT names the commit where there is no git checkout, SECONDS_EACH limits a part.
 set -u
@@ -76,13 +77,11 @@ sanitize() {
 }
 
 bench() {
-  local suite
-  for suite in ${SUITES:-papers decoding overhead}; do
-    # shellcheck disable=SC2086 # names, one a word
-    timeout "$limit" attnproof bench ${BENCH:-} --suite "$suite" --device cuda --rounds "${ROUNDS:-10}" \
-      ${BASELINE:+--baseline "$BASELINE"} ${RESUME:+--resume} --json "$results/bench-$suite.json" \
-      --plot "$results/bench-$suite.svg" >"$results/bench-$suite.txt" 2>&1 || fail "bench $suite" $?
-  done
+  mkdir -p "$results/bench"
+  # shellcheck disable=SC2086 # BACKENDS and BENCH are lists of words
+  attnproof bench ${BACKENDS:-} --device cuda --seconds "$limit" ${RESUME:+--resume} ${BENCH:-} \
+    --json "$results/bench/bench.json" --plot "$results/bench/bench.svg" \
+    >"$results/bench/bench.txt" 2>"$results/bench/progress.txt" || fail bench $?
 }
 
 calibrate() { # DEVICE KERNEL WORKERS INSTRUCTION_SET|"" PROBLEMS
@@ -112,7 +111,7 @@ cpu() {
 }
 
 if [[ -z ${RESUME:-} ]]; then
-  for old in "$results"/*.json "$results"/*.jsonl "$results"/golden/*.json; do
+  for old in "$results"/*.json "$results"/*.jsonl "$results"/{golden,bench}/*.json; do
     case ${old##*/} in cuda-* | cpu-*) ;; *) rm -f "$old" ;; esac
   done
 fi
@@ -126,7 +125,7 @@ for part in "${parts[@]}"; do
   checks) python3 tools/backend_table.py "$results" --by chapter --judge || failed=1 ;;
   golden) python3 tools/backend_table.py "$results/golden" --by chapter --judge || failed=1 ;;
   tests) tail -n 1 "$results/tests.txt" ;;
-  bench) cat "$results"/bench-*.txt ;;
+  bench) cat "$results/bench/bench.txt" ;;
   sanitize) grep -H "ERROR SUMMARY\|RACECHECK SUMMARY\|calls of" "$results"/{planted,sanitize}-*.txt |
     sed "s#^$results/##" ;;
   cuda | cpu)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol, Self, runtime_checkable
 
 from attn_reference.inputs import Attention, Inputs
@@ -122,6 +123,26 @@ class DeviceDependent(Protocol):
     def on_device(self, device: str) -> Backend:
         """What it is on 'cpu' or 'cuda'."""
         ...
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """A backend whose ``attention`` does more than its users' calls do, or does it every time."""
+
+    def prepare(self, inputs: Inputs, problem: Problem) -> Callable[[], Attention]:
+        """The call that a benchmark times, on these tensors, whose values may change between calls.
+
+        What users make once (block masks, lengths) is made here, and what the judge alone wants
+        (an LSE by a second kernel) is left out.
+        """
+        ...
+
+
+def prepared(backend: Backend, inputs: Inputs, problem: Problem) -> Callable[[], Attention]:
+    """What to time of a backend: what it prepares, or else its ``attention``."""
+    if isinstance(backend, Preparing):
+        return backend.prepare(inputs, problem)
+    return partial(backend.attention, inputs, problem)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,25 +47,41 @@ Diagonal = Callable[[Tensor, Tensor], Tensor]  # (b, i): the key that lies on qu
 
 def attention(function: Callable[..., Any], inputs: Inputs, problem: Problem) -> Attention:
     """Attention by ``function``, which is ``flex_attention``, compiled or not."""
+    return prepare(inputs, problem)(function)
+
+
+def prepare(inputs: Inputs, problem: Problem) -> Callable[[Callable[..., Any]], Attention]:
+    """That of any such function, with score_mod and block mask made once."""
     diagonal = diagonal_of(inputs, problem)
-    out, aux = function(
-        inputs.q,
-        without_padding(inputs.k, inputs),
-        without_padding(inputs.v, inputs),
-        score_mod=score_mod(inputs, problem, diagonal),
-        block_mask=block_mask_of(inputs, problem, diagonal),
-        scale=problem.softmax_scale,
-        enable_gqa=problem.group > 1,
-        return_aux=AuxRequest(lse=True),
-    )
-    return Attention(out=out, lse=aux.lse)
+    changes = score_mod(inputs, problem, diagonal)
+    block_mask = block_mask_of(inputs, problem, diagonal)
+
+    def attend(function: Callable[..., Any]) -> Attention:
+        out, aux = function(
+            inputs.q,
+            without_padding(inputs.k, inputs),
+            without_padding(inputs.v, inputs),
+            score_mod=changes,
+            block_mask=block_mask,
+            scale=problem.softmax_scale,
+            enable_gqa=problem.group > 1,
+            return_aux=AuxRequest(lse=True),
+        )
+        return Attention(out=out, lse=aux.lse)
+
+    return attend
 
 
 def compiled(inputs: Inputs, problem: Problem) -> Attention:
-    """Attention by the kernel that is compiled for this problem.
+    """Attention by the kernel that is compiled for this problem."""
+    return prepare_compiled(inputs, problem)()
 
-    NotImplementedError for head dimensions that the kernel's template does not take, and where
-    the kernel needs more shared memory than the GPU has.
+
+def prepare_compiled(inputs: Inputs, problem: Problem) -> Callable[[], Attention]:
+    """That, with its block mask made once, as FlexAttention is meant to be used.
+
+    NotImplementedError for head dimensions that the kernel's template does not take, and, of the
+    call, where the kernel needs more shared memory than the GPU has.
     """
     least = min(problem.head_dim, problem.value_dim)
     if least < SMALLEST_HEAD_DIM:
@@ -73,18 +89,25 @@ def compiled(inputs: Inputs, problem: Problem) -> Attention:
     import torch._dynamo
     import torch._inductor.config
 
-    try:
-        with (
-            torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS),
-            # A run has a process for each core: none of them needs a pool of its own.
-            torch._inductor.config.patch(compile_threads=1),
-        ):
-            function = partial(_compiled_function(), kernel_options=tiles(problem))
-            return attention(function, inputs, problem)
-    except RuntimeError as error:
-        if "out of resource" not in str(error):
-            raise
-        raise NotImplementedError(f"no kernel of torch fits this GPU: {error}") from error
+    attend = prepare(inputs, problem)
+    function = partial(_compiled_function(), kernel_options=tiles(problem))
+
+    def call() -> Attention:
+        try:
+            with (
+                torch._dynamo.config.patch(
+                    recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS
+                ),
+                # A run has a process for each core: none of them needs a pool of its own.
+                torch._inductor.config.patch(compile_threads=1),
+            ):
+                return attend(function)
+        except RuntimeError as error:
+            if "out of resource" not in str(error):
+                raise
+            raise NotImplementedError(f"no kernel of torch fits this GPU: {error}") from error
+
+    return call
 
 
 def tiles(problem: Problem) -> dict[str, int | bool] | None:
@@ -229,6 +252,7 @@ flex = FunctionBackend(
         empty_inputs=False,
     ),
     call=compiled,
+    prepared=prepare_compiled,
     declared=replace(FLASH, name="torch-cuda-flex", tanh_error=TANH_ERROR),
     # What Triton generates code for.
     requirement=Requirement(who="flex", arch_min="sm_70", dtypes=(("bf16", "sm_80"),)),

@@ -39,12 +39,26 @@ Call = Callable[[Inputs, Problem], Attention]
 _dispatched = partial(signature.call, scaled_dot_product_attention, signature.CONTRACT)
 
 
+_prepared = partial(signature.prepare, scaled_dot_product_attention, signature.CONTRACT)
+
+
 def _forced(kernel: SDPBackend, inputs: Inputs, problem: Problem) -> Attention:
     """Attention by that implementation; NotImplementedError when torch has no kernel for it."""
+    return _forced_call(kernel, _prepared(inputs, problem))
+
+
+def _prepare_forced(
+    kernel: SDPBackend, inputs: Inputs, problem: Problem
+) -> Callable[[], Attention]:
+    """The public function with that implementation, without the LSE of ``_with_lse``."""
+    return partial(_forced_call, kernel, _prepared(inputs, problem))
+
+
+def _forced_call(kernel: SDPBackend, call: Callable[[], Attention]) -> Attention:
     with warnings.catch_warnings(record=True) as said, sdpa_kernel(kernel):
         warnings.simplefilter("always")
         try:
-            return _dispatched(inputs, problem)
+            return call()
         except RuntimeError as error:
             if "No available kernel" not in str(error):
                 raise
@@ -88,12 +102,14 @@ sdpa = ByDevice(
         name="sdpa",
         capabilities=_CPU,
         call=partial(with_keep_mask, _dispatched),
+        prepared=_prepared,
         declared=cpu_flash_precision(),
     ),
     cuda=FunctionBackend(
         name="sdpa",
         capabilities=_CUDA,
         call=partial(with_keep_mask, _dispatched),
+        prepared=_prepared,
         declared=cuda_efficient_precision(),
     ),
 )
@@ -111,6 +127,7 @@ sdpa_flash = ByDevice(
             empty_inputs=False,
         ),
         call=partial(_with_lse, SDPBackend.FLASH_ATTENTION, _flash_on_cpu),
+        prepared=partial(_prepare_forced, SDPBackend.FLASH_ATTENTION),
         declared=cpu_flash_precision(),
     ),
     cuda=FunctionBackend(
@@ -125,6 +142,7 @@ sdpa_flash = ByDevice(
             empty_inputs=False,
         ),
         call=partial(_with_lse, SDPBackend.FLASH_ATTENTION, operators.flash),
+        prepared=partial(_prepare_forced, SDPBackend.FLASH_ATTENTION),
         declared=FLASH,
         requirement=_AMPERE,
     ),
@@ -140,6 +158,7 @@ sdpa_efficient = FunctionBackend(
         empty_inputs=False,
     ),
     call=partial(_with_lse, SDPBackend.EFFICIENT_ATTENTION, operators.efficient),
+    prepared=partial(_prepare_forced, SDPBackend.EFFICIENT_ATTENTION),
     declared=cuda_efficient_precision(),
     requirement=Requirement(who="this kernel of torch", dtypes=(("bf16", "sm_80"),)),
 )
@@ -156,13 +175,24 @@ sdpa_cudnn = FunctionBackend(
         empty_inputs=False,
     ),
     call=partial(_with_lse, SDPBackend.CUDNN_ATTENTION, operators.cudnn),
+    prepared=partial(_prepare_forced, SDPBackend.CUDNN_ATTENTION),
     declared=FLASH,
     requirement=_AMPERE,
 )
 
 sdpa_math = ByDevice(
     cpu=FunctionBackend(
-        name="sdpa-math", capabilities=_CPU, call=_math, declared=cpu_math_precision()
+        name="sdpa-math",
+        capabilities=_CPU,
+        call=_math,
+        declared=cpu_math_precision(),
+        prepared=partial(_prepare_forced, SDPBackend.MATH),
     ),
-    cuda=FunctionBackend(name="sdpa-math", capabilities=_CUDA, call=_math, declared=FLASH_FP32_P),
+    cuda=FunctionBackend(
+        name="sdpa-math",
+        capabilities=_CUDA,
+        call=_math,
+        declared=FLASH_FP32_P,
+        prepared=partial(_prepare_forced, SDPBackend.MATH),
+    ),
 )

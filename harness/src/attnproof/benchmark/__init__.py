@@ -1,1 +1,4 @@
-"""How fast targets are, measured side by side: device time, judged outputs, shares of ceilings."""
+"""How fast targets are: timed in rounds, each in a process of its own, and judged meanwhile.
+
+Nothing is imported here: the process of a target times the import of torch.
+"""

@@ -1,40 +1,71 @@
-"""What the device reaches at most, measured: a large product of matrices, and a copy."""
+"""What this device reaches at best: a large matrix product, and moving memory, as rates.
+
+A kernel is shown as a share of them, since data sheets promise clocks that no GPU holds.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import torch
 
-from .timing import clock
+from attn_reference.problem import DTYPES
 
-SIDE = {"cuda": 8192, "cpu": 1024}  # of the square matrices
-COPIED = {"cuda": 2**30, "cpu": 2**26}  # bytes
-ROUNDS = 11
-# A rate that is beyond by more is impossible: clocks differ from one moment to the next, and other
-# processes share a CPU.
-MARGIN = {"cuda": 1.1, "cpu": 5.0}
+from .clock import DeviceClock
+
+REPEATS = 10
+MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
+MEMORY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """Operations a second of a product in this dtype, and bytes a second of a copy, read and
-    written; the best of some rounds."""
+    """FLOP/s of a product in the dtype, and bytes/s (read plus written) of a copy or a sum."""
 
-    flops: float
-    bytes: float
+    matmul: float
+    memory: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain values, for JSON."""
+        return asdict(self)
 
 
-def measure(device: str, dtype: torch.dtype) -> Ceilings:
-    """Measure them on 'cpu' or 'cuda'."""
-    side, size = SIDE[device], COPIED[device]
-    timer = clock(device, wall=False)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    seconds, _ = timer.seconds([lambda: a @ b] * ROUNDS)
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copies, _ = timer.seconds([lambda: target.copy_(source)] * ROUNDS)
-    return Ceilings(
-        flops=2 * side**3 / min(seconds[1:]),
-        bytes=2 * size / min(copies[1:]),
-    )
+def measure_ceilings(device: str, dtype: str) -> Ceilings:
+    """The best of some repeats. In fp32 tensor cores may round to TF32; on the CPU a product in
+    fp32 counts too, since a kernel may convert what it multiplies."""
+    clock = DeviceClock(device)
+    dtypes = [DTYPES[dtype]] if device == "cuda" else [DTYPES[dtype], torch.float32]
+    memory = max(_copy(clock), _sum(clock))
+    matmul = max(_matmul(clock, one) for one in dtypes)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the targets need the memory
+    return Ceilings(matmul=matmul, memory=memory)
+
+
+def _matmul(clock: DeviceClock, dtype: torch.dtype) -> float:
+    side = MATMUL_SIDE[clock.device]
+    a, b, out = (torch.randn(side, side, device=clock.device).to(dtype) for _ in range(3))
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        return 2.0 * side**3 / _best(clock, lambda: torch.mm(a, b, out=out))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _copy(clock: DeviceClock) -> float:
+    count = MEMORY_BYTES[clock.device] // 4
+    source, target = (torch.ones(count, device=clock.device) for _ in range(2))
+    return 2.0 * source.nbytes / _best(clock, lambda: target.copy_(source))
+
+
+def _sum(clock: DeviceClock) -> float:
+    source = torch.ones(MEMORY_BYTES[clock.device] // 4, device=clock.device)
+    return source.nbytes / _best(clock, source.sum)
+
+
+def _best(clock: DeviceClock, call: Callable[[], object]) -> float:
+    """Seconds of the fastest."""
+    call()
+    return min(clock.time(lambda: None, lambda _: call()).seconds for _ in range(REPEATS))

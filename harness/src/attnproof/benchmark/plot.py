@@ -1,62 +1,71 @@
-"""Rates over the sequence length, a panel for each head_dim, mask and direction."""
+"""Rates over the sequence length, as a figure: a panel per kind of problem, a line per target."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-from .run import Run
-from .suites import SUITES, Cell
-from .table import ceiling, good, rate, unit
+from .measurement import Ended, Measurement
 
 FORMATS = (".svg", ".png", ".pdf")
+COLUMNS = 3
 
 
-def plot(path: Path, run: Run) -> None:
-    """Draw a run; the suffix names the format."""
-    cells = SUITES[run.suite](run.dtype)
-    panels: dict[tuple[object, ...], list[Cell]] = {}
-    for cell in cells:
-        key = (cell.problem.head_dim, cell.problem.causal, cell.direction)
-        panels.setdefault(key, []).append(cell)
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.6 * rows + 0.8), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, ((dim, causal, direction), group) in zip(axes.flat, panels.items(), strict=False):
-        across = [max(c.problem.seqlen_q, c.problem.keys) for c in group]
-        if len(set(across)) == 1:
-            across = [c.problem.batch for c in group]
-            axis.set_xlabel("batch")
-        for name, _ in run.peers:
-            points = [
-                (x, rate(cell, one))
-                for x, cell in zip(across, group, strict=True)
-                if (one := good(run, cell, name)) is not None
-            ]
+def plot(path: Path, measurements: Sequence[Measurement]) -> None:
+    """Draw what was measured by the device's clock; the suffix names the format.
+
+    Decoding is drawn over the batch, all else over the number of keys. The line on top is the
+    measured ceiling.
+    """
+    panels: dict[str, list[Measurement]] = {}
+    for one in measurements:
+        if one.ended is Ended.MEASURED and one.cell.clock == "device":
+            panels.setdefault(_panel(one), []).append(one)
+    rows = max(1, -(-len(panels) // COLUMNS))
+    figure = Figure(figsize=(4 * COLUMNS, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    targets = list(dict.fromkeys(one.target for found in panels.values() for one in found))
+    handles = {}
+    for axis, (title, found) in zip(axes, panels.items(), strict=False):
+        for number, target in enumerate(targets):
+            points = sorted((_position(one), one.value) for one in found if one.target == target)
             if points:
-                axis.plot(*zip(*points, strict=True), marker=".", label=name)
-        most = ceiling(group[0], run)
-        if most:
-            axis.axhline(most, color="gray", linewidth=0.8, linestyle=":")
-        axis.set_title(f"d {dim}, {'full' if causal == 'none' else 'causal'}, {direction}", size=9)
+                x, y = zip(*points, strict=True)
+                (handles[target],) = axis.plot(x, y, marker=".", color=f"C{number % 10}")
+        unit, ceilings = found[0].cell.unit, found[0].ceilings
+        top = ceilings["matmul"] / 1e12 if unit == "TFLOP/s" else ceilings["memory"] / 1e9
+        axis.axhline(top, color="0.6", linestyle="--", linewidth=1)
+        over = "batch" if found[0].cell.problem.seqlen_q == 1 else "keys"
+        axis.set(title=title, xlabel=over, ylabel=unit)
         axis.set_xscale("log", base=2)
-        axis.set_ylabel(unit(group[0]), size=8)
+        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    handles: dict[str, Artist] = {}
-    for axis in axes.flat:
-        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(name, handle)
+        axis.title.set_fontsize("small")
     if handles:
         figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center",
-            ncols=min(5, len(handles)), frameon=False, fontsize="small",
-        )  # fmt: skip
-    gpus = run.environment.get("gpus") or [{}]
-    figure.suptitle(f"{run.suite}, {run.dtype}, {gpus[0].get('name', 'CPU')}", size=10)
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=6,
+            frameon=False,
+            fontsize="small",
+        )
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _panel(one: Measurement) -> str:
+    p = one.cell.problem
+    if p.seqlen_q == 1:
+        return f"decoding, d {p.head_dim}, {p.dtype}"
+    mask = "full" if p.causal == "none" else "causal"
+    return f"{one.cell.direction}, d {p.head_dim}, {mask}, {p.dtype}"
+
+
+def _position(one: Measurement) -> int:
+    p = one.cell.problem
+    return p.batch if p.seqlen_q == 1 else p.keys

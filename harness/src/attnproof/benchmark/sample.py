@@ -1,102 +1,120 @@
-"""Outputs of timed calls, judged on samples: rows of one head, or keys of one head.
+"""Which part of a result is judged, and the problem that this part is by itself.
 
-Some rows of one head are a problem of their own: the same queries, with the keys up to the last one
-that they see. Their out and dQ are judged like those of any target. dK and dV need every row
-that sees the keys, and are judged for a whole head where that is small enough.
+An fp64 answer takes too long for all of a large problem. Of a forward pass query rows are drawn,
+which any mask of positions leaves independent of each other; of gradients whole key heads, since
+dK and dV are sums over all queries. The draw comes after the call: no target knows it beforehand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from random import Random
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from attn_reference.inputs import Attention, Gradients, Inputs
-from attn_reference.precision import Precision
+from attn_reference.inputs import Inputs
+from attn_reference.masks import positional_mask
+from attn_reference.problem import Problem
 
-from ..backend import Capabilities
-from ..judge.judging import judge
-from ..plan import CallResult
-from ..verdict import Status
-from .suites import FORWARD, Cell
-
-ROWS = 64
-WHOLE_HEAD = 1024  # rows, and keys, up to which a head is judged as a whole
+# Pairs of query and key that are judged of one call: some tenths of a second.
+PAIRS = {"cuda": 1 << 24, "cpu": 1 << 18}
+ENTRIES, HEADS = 2, 4  # of the batch and of the key heads at most, of which rows are drawn
+ROWS = 8  # at least
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Rows ``first`` to ``end`` of one query head."""
+    """Batch entries, key heads (with their query heads) and query rows; None is all of them."""
 
-    entry: int
-    head: int
-    first: int
-    end: int
+    batch: tuple[int, ...] | None = None
+    kv_heads: tuple[int, ...] | None = None
+    rows: tuple[int, ...] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of ``as_dict``."""
+        return cls(**{n: None if v is None else tuple(v) for n, v in values.items()})
+
+    def describe(self, problem: Problem) -> str:
+        """What is judged of it, in words."""
+        parts = [
+            f"{len(chosen)} of {count} {what}"
+            for chosen, count, what in (
+                (self.batch, problem.batch, "batch entries"),
+                (self.kv_heads, problem.kv_heads, "key heads"),
+                (self.rows, problem.seqlen_q, "query rows"),
+            )
+            if chosen is not None
+        ]
+        return ", ".join(parts) or "all of it"
 
 
-def choose(cell: Cell, random: Random) -> Sample:
-    """Rows at random, or all rows of a head that is small."""
-    p = cell.problem
-    entry, head = random.randrange(p.batch), random.randrange(p.heads_q)
-    if max(p.seqlen_q, p.keys) <= WHOLE_HEAD or p.seqlen_q <= ROWS:
-        return Sample(entry, head, 0, p.seqlen_q)
-    first = random.randrange(p.seqlen_q - ROWS + 1)
-    return Sample(entry, head, first, first + ROWS)
+def draw_sample(problem: Problem, device: str, random: random.Random) -> Sample:
+    """As much as is judged of one call; all of a small problem."""
+    limit = PAIRS[device]
+    head = problem.group * problem.seqlen_q * problem.keys  # of one key head
 
+    def some(count: int, chosen: int) -> tuple[int, ...] | None:
+        return None if chosen >= count else tuple(sorted(random.sample(range(count), chosen)))
 
-def why_wrong(
-    cell: Cell,
-    sample: Sample,
-    inputs: Mapping[str, Tensor],
-    outputs: Mapping[str, Tensor],
-    precision: Precision,
-    capabilities: Capabilities,
-) -> str | None:
-    """None when the sample conforms, else what the judge says.
-
-    inputs: q, k, v and grad_out, outputs: out and the gradients dq, dk, dv, (batch, head, row,
-    column), on any device.
-    """
-    p = cell.judged
-    rows = slice(sample.first, sample.end)
-    kv_head = sample.head // p.group
-    whole = sample.first == 0 and sample.end == p.seqlen_q
-    last = p.keys  # keys that the rows may see
-    causal = p.causal
-    if causal != "none" and not whole:
-        shift = p.keys - p.seqlen_q if causal == "bottom-right" else 0
-        last, causal = min(p.keys, sample.end + shift), "bottom-right"
-    gradients: tuple[str, ...] = () if cell.direction == FORWARD else ("q",)
-    if gradients and whole and p.group == 1:
-        gradients = ("q", "k", "v")
-    own = replace(
-        p, batch=1, heads_q=1, heads_kv=1, seqlen_q=sample.end - sample.first, seqlen_k=last,
-        causal=causal, gradients=gradients,
-    )  # fmt: skip
-
-    def cut(tensor: Tensor, head: int, where: slice) -> Tensor:
-        return tensor[sample.entry, head, where].detach().cpu()[None, None].contiguous()
-
-    keys = slice(0, last)
-    given = Inputs(
-        q=cut(inputs["q"], sample.head, rows),
-        k=cut(inputs["k"], kv_head, keys),
-        v=cut(inputs["v"], kv_head, keys),
+    if problem.batch * problem.kv_heads * head <= limit:
+        return Sample()
+    if problem.gradients:
+        heads = max(1, min(problem.kv_heads, limit // head))
+        entries = max(1, min(problem.batch, limit // (head * heads)))
+        return Sample(batch=some(problem.batch, entries), kv_heads=some(problem.kv_heads, heads))
+    entries, heads = min(problem.batch, ENTRIES), min(problem.kv_heads, HEADS)
+    rows = max(ROWS, limit // (entries * heads * problem.group * problem.keys))
+    return Sample(
+        batch=some(problem.batch, entries),
+        kv_heads=some(problem.kv_heads, heads),
+        rows=some(problem.seqlen_q, rows),
     )
-    found: dict[str, Tensor] = {}
-    if gradients:
-        given.grad_out = cut(inputs["grad_out"], sample.head, rows)
-        found = {"q": cut(outputs["dq"], sample.head, rows)}
-        if len(gradients) > 1:
-            found |= {n: cut(outputs[f"d{n}"], kv_head, keys) for n in ("k", "v")}
-    result = CallResult(
-        attention=Attention(out=cut(outputs["out"], sample.head, rows)),
-        gradients=Gradients(**found) if gradients else None,
-    )
-    without_lse = replace(capabilities, returns_lse=False)
-    with torch.no_grad():
-        verdict = judge(own, given, result, precision, without_lse)
-    return None if verdict.status is Status.CONFORMS else f"{verdict.status}: {verdict.reason}"
+
+
+def cut(tensor: Tensor, sample: Sample, heads_per_kv: int, *, rows: bool) -> Tensor:
+    """That part of a tensor (batch, heads, rows, columns); ``rows``: its rows are queries."""
+    indices: list[tuple[int, Sequence[int] | None]] = [(0, sample.batch)]
+    if sample.kv_heads is not None:
+        heads = [h * heads_per_kv + g for h in sample.kv_heads for g in range(heads_per_kv)]
+        indices.append((1, heads))
+    if rows:
+        indices.append((2, sample.rows))
+    for dimension, chosen in indices:
+        if chosen is not None:
+            index = torch.tensor(chosen, device=tensor.device)
+            tensor = tensor.index_select(dimension, index)
+    return tensor
+
+
+def part_of(problem: Problem, inputs: Inputs, sample: Sample) -> tuple[Problem, Inputs]:
+    """The sample as a problem of its own, with its inputs: rows see what they saw, by a mask."""
+    group = problem.group
+    queries = {
+        name: cut(tensor, sample, group, rows=True)
+        for name in ("q", "grad_out")
+        if (tensor := getattr(inputs, name)) is not None
+    }
+    keys = {name: cut(getattr(inputs, name), sample, 1, rows=False) for name in ("k", "v")}
+    part = Inputs(**queries, **keys)
+    kv_heads = part.k.shape[1]
+    changes: dict[str, Any] = {
+        "batch": part.q.shape[0],
+        "heads_q": kv_heads * group,
+        "heads_kv": kv_heads,
+        "seqlen_q": part.q.shape[2],
+    }
+    if sample.rows is not None and (problem.causal != "none" or problem.window is not None):
+        i = torch.tensor(sample.rows, device=part.q.device)[:, None]
+        j = torch.arange(problem.keys, device=part.q.device)[None, :]
+        rule = positional_mask(problem, problem.seqlen_q, problem.keys)
+        part.mask = rule(i, j).expand(len(i), problem.keys)[None, None]
+        changes |= {"causal": "none", "window": None, "mask": "rows", "mask_shape": "11qk"}
+    return problem.replace(**changes), part

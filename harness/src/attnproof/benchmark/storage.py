@@ -1,118 +1,150 @@
-"""Results in the JSON of pytest-benchmark, for its storage, ``compare`` and histograms.
+"""A run as JSON that pytest-benchmark reads: its storage, ``compare`` and histograms work on it.
 
-Statistics are computed as it does: quartiles are medians of the halves, outliers lie beyond 1.5
-interquartile ranges or a standard deviation.
+Beside what that format has, ``run`` says what must be the same for a run to be gone on with, and
+``not_measured`` holds the targets and cells that have no times, with the reasons.
 """
 
 from __future__ import annotations
 
+import json
 import platform
-import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from .rounds import Measured
-from .run import Run
-from .suites import SUITES, Cell
-from .work import flops, moved_bytes
+from ..environment import environment
+from ..record import json_values
+from ..writing import replace_file
+from .measurement import Ended, Measurement
+from .statistics import summary
 
-VERSION = "5.2.3"  # of pytest-benchmark, whose form this is
+VERSION = "5.0.0"  # of pytest-benchmark, whose format this is
 
 
-def stored(run: Run) -> dict[str, Any]:
-    """The whole run. Failed and skipped measurements are in ``attnproof``, which pytest-benchmark
-    does not read."""
-    cells = {cell.id: cell for cell in SUITES[run.suite](run.dtype)}
-    good = [m for m in run.measured.values() if m.seconds and m.failed is None]
-    gpus = run.environment.get("gpus") or []
+class StorageError(Exception):
+    """A file holds no benchmark, or one of another run; the message is one line."""
+
+
+def write(path: Path, run: Mapping[str, Any], measurements: Iterable[Measurement]) -> None:
+    """Write the whole file, a line for each measurement, or raise OSError."""
+    parts = []
+    for name, value in json_values(document(run, measurements)).items():
+        if name in ("benchmarks", "not_measured"):
+            lines = ",\n".join(json.dumps(one, allow_nan=False) for one in value)
+            parts.append(f'"{name}": [\n{lines}\n]')
+        else:
+            parts.append(f'"{name}": {json.dumps(value, allow_nan=False)}')
+    replace_file(path, ("{\n" + ",\n".join(parts) + "\n}\n").encode())
+
+
+def document(run: Mapping[str, Any], measurements: Iterable[Measurement]) -> dict[str, Any]:
+    """The file as plain values."""
+    found = environment()
+    every = list(enumerate(measurements))
     return {
-        "machine_info": {
-            "node": platform.node(),
-            "processor": platform.processor(),
-            "machine": platform.machine(),
-            "python_version": platform.python_version(),
-            "system": platform.system(),
-            "release": platform.release(),
-            "cpu": {"brand_raw": run.environment.get("cpu", {}).get("model", "")},
-            "gpu": gpus[0] if gpus else None,
-            "versions": run.environment.get("versions", {}),
-        },
-        "commit_info": {"id": run.environment.get("commit"), "project": "attnproof"},
-        "benchmarks": [benchmark(cells[m.cell], m) for m in good],
+        "machine_info": machine_info(found),
+        "commit_info": _commit_info(found),
+        "benchmarks": [_benchmark(n, m) for n, m in every if m.ended is Ended.MEASURED],
         "datetime": datetime.now(UTC).isoformat(),
         "version": VERSION,
-        "attnproof": {
-            "run": run.settings,
-            "environment": run.environment,
-            "ceilings": run.ceilings,
-            "first_results": run.first_results,
-            "unloadable": run.unloadable,
-            "others": [
-                {k: v for k, v in m.as_dict().items() if k != "seconds"}
-                for m in run.measured.values()
-                if m not in good
-            ],
-        },
+        "run": dict(run),
+        "not_measured": [_values(n, m) for n, m in every if m.ended is not Ended.MEASURED],
     }
 
 
-def benchmark(cell: Cell, one: Measured) -> dict[str, Any]:
-    """One measurement. Its group is the cell, its name the peer\'s."""
-    p = cell.problem
+def machine_info(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What pytest-benchmark says of a machine, its name left out, and GPU, driver and libraries."""
+    gpu = found["gpus"][0] if found["gpus"] else {}
     return {
-        "group": cell.id,
-        "name": f"{one.peer}[{cell.id}]",
-        "fullname": f"bench::{one.peer}[{cell.id}]",
-        "params": {"peer": one.peer, "direction": cell.direction, "problem": p.id},
-        "param": one.peer,
-        "extra_info": {
-            "flops": flops(cell),
-            "bytes": moved_bytes(cell),
-            "first_call": one.first_call,
-            "judged": one.judged,
-            "clock": "host" if cell.wall else "device",
-        },
-        "options": {
-            "disable_gc": False,
-            "timer": "host" if cell.wall else "device",
-            "min_rounds": len(one.seconds),
-            "max_time": 0.0,
-            "min_time": 0.0,
-            "warmup": True,
-        },
-        "stats": stats(one.seconds),
+        "node": "",
+        "processor": platform.processor(),
+        "machine": platform.machine(),
+        "python_compiler": platform.python_compiler(),
+        "python_implementation": platform.python_implementation(),
+        "python_implementation_version": platform.python_version(),
+        "python_version": found["python"],
+        "python_build": list(platform.python_build()),
+        "release": platform.release(),
+        "system": platform.system(),
+        "cpu": {"brand_raw": found["cpu"]["model"], "count": found["cpu"]["cores"]},
+        "gpu": gpu.get("name"),
+        "driver": gpu.get("driver"),
+        "cuda": gpu.get("cuda"),
+        **{name: found["versions"].get(name) for name in ("torch", "triton")},
+        "attnproof": dict(found),
     }
 
 
-def stats(seconds: Sequence[float]) -> dict[str, Any]:
-    """What pytest-benchmark says of some seconds."""
-    data = sorted(seconds)
-    mean, median = statistics.fmean(data), statistics.median(data)
-    deviation = statistics.stdev(data) if len(data) > 1 else 0.0
-    half = len(data) // 2
-    q1 = statistics.median(data[:half] or data)
-    q3 = statistics.median(data[len(data) - half :] or data)
-    low, high = q1 - 1.5 * (q3 - q1), q3 + 1.5 * (q3 - q1)
-    beyond = sum(not low <= value <= high for value in data)
-    far = sum(abs(value - mean) > deviation for value in data)
+def read(path: Path) -> tuple[dict[str, Any], list[Measurement]]:
+    """What a file holds: of which run, and its measurements; StorageError if it is no such file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        found = [
+            (
+                one["extra_info"],
+                tuple(float(t) for t in one["stats"]["data"]),
+                int(one["stats"]["iterations"]),
+            )
+            for one in values["benchmarks"]
+        ]
+        found += [(one, (), 1) for one in values["not_measured"]]
+        found.sort(key=lambda one: int(one[0].pop("number")))
+        return dict(values["run"]), [Measurement.from_dict(*one) for one in found]
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise StorageError(f"{path}: is no file that attnproof bench has written") from None
+
+
+def resume(path: Path, run: Mapping[str, Any]) -> list[Measurement]:
+    """The measurements of a file, empty if there is none; StorageError when it is of another run,
+    saying in what they differ."""
+    if not path.exists():
+        return []
+    before, measurements = read(path)
+    for name in run:
+        if before.get(name) != json_values(run[name]):
+            raise StorageError(
+                f"{path}: is of a run with {name} {_shown(before.get(name))}, "
+                f"not {_shown(run[name])}; it cannot be resumed with this one"
+            )
+    return measurements
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _values(number: int, measurement: Measurement) -> dict[str, Any]:
+    """All but the times, and the place in the order of the run."""
+    return {**measurement.as_dict(), "number": number}
+
+
+def _benchmark(number: int, measurement: Measurement) -> dict[str, Any]:
+    """One entry: targets are compared within a group, which is a cell."""
+    cell = measurement.cell
+    name = f"{measurement.target}[{cell.name}]"
     return {
-        "min": data[0],
-        "max": data[-1],
-        "mean": mean,
-        "stddev": deviation,
-        "rounds": len(data),
-        "median": median,
-        "iqr": q3 - q1,
-        "q1": q1,
-        "q3": q3,
-        "iqr_outliers": beyond,
-        "stddev_outliers": far,
-        "outliers": f"{far};{beyond}",
-        "ld15iqr": next(value for value in data if value >= low),
-        "hd15iqr": next(value for value in reversed(data) if value <= high),
-        "ops": 1 / mean,
-        "total": sum(data),
-        "data": list(seconds),
-        "iterations": 1,
+        "group": f"{cell.suite} {cell.name}",
+        "name": name,
+        "fullname": f"{cell.suite}::{name}",
+        "params": {"target": measurement.target, **cell.as_dict()},
+        "param": cell.name,
+        "extra_info": _values(number, measurement),
+        "options": {"disable_gc": True, "warmup": True, "timer": cell.clock},
+        "stats": summary(measurement.seconds, measurement.iterations),
+    }
+
+
+def _commit_info(found: Mapping[str, Any]) -> dict[str, Any]:
+    """pytest-benchmark's fields, as far as ``environment`` knows them."""
+    commit = found["commit"] or "unversioned"
+    return {
+        "id": commit.removesuffix("+"),
+        "time": None,
+        "author_time": None,
+        "dirty": commit.endswith("+"),
+        "project": "attnproof",
+        "branch": "(unknown)",
     }

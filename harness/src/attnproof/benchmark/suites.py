@@ -1,101 +1,143 @@
-"""What is measured: cells, each a problem and a direction, in suites."""
+"""What is measured, as data: suites of cells, a cell being a problem and a direction through it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 from attn_reference.problem import Problem
 
-FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
-TOKENS, HIDDEN = 16384, 2048  # of FlashAttention's papers: in all, and heads * head_dim
-GRADIENTS = ("q", "k", "v")
+DIRECTIONS = ("forward", "backward", "both")
+HIDDEN = 2048  # heads times head_dim, in the grid of the FlashAttention papers
+TOKENS = 16384  # batch times seqlen, there
+QKV = ("q", "k", "v")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One measurement of every peer. ``wall``: by the clock of the host, per call, and not by that
-    of the device: what a call costs beside its kernels."""
+    """One thing to time. ``backward`` is timed alone, its forward done before."""
 
+    suite: str
+    direction: str  # one of DIRECTIONS
     problem: Problem
-    direction: str
-    wall: bool = False
+    clock: str = "device"  # "device": the time of its kernels; "wall": that of its callers
 
     @property
-    def id(self) -> str:
-        """Stable and readable."""
-        return f"{self.problem.id}:{self.direction}"
+    def name(self) -> str:
+        """Unique within a suite and stable: the direction and the id of the problem."""
+        return f"{self.direction}-{self.problem.id}"
 
     @property
-    def judged(self) -> Problem:
-        """The problem as it is judged, with the gradients that are measured."""
-        return (
-            self.problem
-            if self.direction == FORWARD
-            else replace(self.problem, gradients=GRADIENTS)
+    def unit(self) -> str:
+        """In what the table shows it: memory limits a single query, arithmetic the others."""
+        if self.clock == "wall":
+            return "µs"
+        return "GB/s" if self.problem.seqlen_q == 1 else "TFLOP/s"
+
+    @property
+    def label(self) -> str:
+        """A short name for a row of the table."""
+        p = self.problem
+        seqlens = f"S{p.keys}" if p.seqlen_q == p.keys else f"Sq{p.seqlen_q} S{p.keys}"
+        causal = "full" if p.causal == "none" else "causal"
+        return f"b{p.batch} d{p.head_dim} {seqlens} {causal}"
+
+    def as_dict(self) -> dict[str, str]:
+        """Plain values, for JSON."""
+        return {
+            "suite": self.suite,
+            "direction": self.direction,
+            "problem": self.problem.id,
+            "clock": self.clock,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of ``as_dict``."""
+        return cls(**{**values, "problem": Problem.from_id(values["problem"])})
+
+
+def papers(dtype: str) -> Iterator[Cell]:
+    """The grid of the FlashAttention papers: 16k tokens, hidden size 2048, full and causal.
+
+    Source: Dao 2023 (arXiv 2307.08691), section 4.1; Shah et al. 2024 (arXiv 2407.08608).
+    """
+    for direction in ("forward", "backward"):
+        for head_dim in (64, 128, 256):
+            for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
+                for causal in ("none", "top-left"):
+                    yield Cell(
+                        suite="papers",
+                        direction=direction,
+                        problem=Problem(
+                            batch=TOKENS // seqlen,
+                            heads_q=HIDDEN // head_dim,
+                            seqlen_q=seqlen,
+                            head_dim=head_dim,
+                            dtype=dtype,
+                            causal=causal,
+                            gradients=QKV if direction == "backward" else (),
+                        ),
+                    )
+
+
+def decoding(dtype: str) -> Iterator[Cell]:
+    """One query against 64k keys: 32 query and 8 key heads of 128."""
+    for batch in (1, 8, 32):
+        yield _decoding("decoding", dtype, batch, heads=(32, 8), keys=65536, head_dim=128)
+
+
+def overhead(dtype: str) -> Iterator[Cell]:
+    """What a call costs its caller: inputs so small that the device has next to nothing to do,
+    which require gradients, so that what autograd records is part of it."""
+    for direction in ("forward", "both"):
+        yield Cell(
+            suite="overhead",
+            direction=direction,
+            problem=Problem(heads_q=2, seqlen_q=64, head_dim=64, dtype=dtype, gradients=QKV),
+            clock="wall",
         )
 
 
-def papers(dtype: str) -> list[Cell]:
-    """The grid of FlashAttention 2 and 3 (Dao 2023, section 4.1): 16,384 tokens, hidden size 2048,
-    head_dim 64, 128 and 256, sequences of 512 to 16,384, full and causal."""
-    return _grid(dtype, (64, 128, 256), (512, 1024, 2048, 4096, 8192, 16384), TOKENS, HIDDEN)
+def small(dtype: str) -> Iterator[Cell]:
+    """A few problems that a CPU gets through, one of each kind."""
+    for direction in ("forward", "backward"):
+        for causal in ("none", "top-left"):
+            yield Cell(
+                suite="small",
+                direction=direction,
+                problem=Problem(
+                    heads_q=4,
+                    seqlen_q=256,
+                    head_dim=64,
+                    dtype=dtype,
+                    causal=causal,
+                    gradients=QKV if direction == "backward" else (),
+                ),
+            )
+    yield _decoding("small", dtype, batch=1, heads=(4, 2), keys=4096, head_dim=64)
 
 
-def core(dtype: str) -> list[Cell]:
-    """Of that grid what is compared most: head_dim 64 and 128, sequences of 2048 to 16,384."""
-    return _grid(dtype, (64, 128), (2048, 4096, 8192, 16384), TOKENS, HIDDEN)
-
-
-def small(dtype: str) -> list[Cell]:
-    """The same grid, small enough for a CPU."""
-    return _grid(dtype, (64,), (128, 256), 512, 256)
-
-
-def decoding(dtype: str) -> list[Cell]:
-    """One query for each of 32 heads, 8 heads of keys, 65,536 keys, batches of 1, 8 and 32."""
-    return [
-        Cell(
-            Problem(
-                batch=batch, seqlen_q=1, seqlen_k=65536, heads_q=32, heads_kv=8, head_dim=128,
-                dtype=dtype,
-            ),
-            FORWARD,
-        )
-        for batch in (1, 8, 32)
-    ]  # fmt: skip
-
-
-def overhead(dtype: str) -> list[Cell]:
-    """Tiny inputs, by the clock of the host: what Python and the launch cost."""
-    tiny = Problem(
-        batch=1, seqlen_q=64, seqlen_k=64, heads_q=2, heads_kv=2, head_dim=64, dtype=dtype
+def _decoding(
+    suite: str, dtype: str, batch: int, heads: tuple[int, int], keys: int, head_dim: int
+) -> Cell:
+    problem = Problem(
+        batch=batch,
+        heads_q=heads[0],
+        heads_kv=heads[1],
+        seqlen_q=1,
+        seqlen_k=keys,
+        head_dim=head_dim,
+        dtype=dtype,
     )
-    return [Cell(tiny, direction, wall=True) for direction in (FORWARD, BOTH)]
+    return Cell(suite=suite, direction="forward", problem=problem)
 
 
-SUITES: dict[str, Callable[[str], list[Cell]]] = {
+SUITES: Mapping[str, Callable[[str], Iterator[Cell]]] = {
     "papers": papers,
-    "core": core,
     "decoding": decoding,
     "overhead": overhead,
     "small": small,
 }
-
-
-def _grid(
-    dtype: str, dims: tuple[int, ...], lengths: tuple[int, ...], tokens: int, hidden: int
-) -> list[Cell]:
-    return [
-        Cell(
-            Problem(
-                batch=tokens // seqlen, seqlen_q=seqlen, seqlen_k=seqlen, heads_q=hidden // dim,
-                heads_kv=hidden // dim, head_dim=dim, dtype=dtype, causal=causal,
-            ),
-            direction,
-        )
-        for dim in dims
-        for causal in ("none", "bottom-right")
-        for seqlen in lengths
-        for direction in (FORWARD, BACKWARD)
-    ]  # fmt: skip
+DEFAULT_SUITES = {"cuda": ("papers", "decoding", "overhead"), "cpu": ("small", "overhead")}

@@ -1,136 +1,163 @@
-"""A run as tables: cells down, peers across, and how each compares with a baseline."""
+"""A run as tables for the terminal: a row per cell, a column per target."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
+from rich import box
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from .rounds import Measured
-from .run import Run
-from .suites import SUITES, Cell
-from .work import flops, moved_bytes
+from .measurement import FAILED, Ended, Measurement
+from .ratios import ByCell, by_kind, ratios
 
-HARDLY = 16  # queries up to which a cell is bound by what it reads
-
-
-def rate(cell: Cell, one: Measured) -> float:
-    """What is shown of a measurement: TFLOP/s, GB/s where there are few queries, or microseconds of
-    the host."""
-    seconds = statistics.median(one.seconds)
-    if cell.wall:
-        return seconds * 1e6
-    if cell.problem.seqlen_q <= HARDLY:
-        return moved_bytes(cell) / seconds / 1e9
-    return flops(cell) / seconds / 1e12
+SHORT = {
+    Ended.UNSUPPORTED: "unsupp.",
+    Ended.UNAVAILABLE: "unavail.",
+    Ended.OUT_OF_MEMORY: "no memory",
+}
+REASON_LENGTH = 240  # characters of a reason below the tables
 
 
-def unit(cell: Cell) -> str:
-    """Of that rate."""
-    if cell.wall:
-        return "µs a call"
-    return "GB/s" if cell.problem.seqlen_q <= HARDLY else "TFLOP/s"
+def tables(
+    measurements: Sequence[Measurement], console: Console, baseline: str | None
+) -> Iterator[Table]:
+    """For every kind of cells the rates, and, with a baseline, the ratios to it."""
+    for title, found in by_kind(measurements).items():
+        targets = list(dict.fromkeys(target for row in found.values() for target in row))
+        yield from _split(console, targets, partial(_rates, title, found))
+        if baseline is not None and baseline in targets and len(targets) > 1:
+            others = [target for target in targets if target != baseline]
+            yield from _split(console, others, partial(_ratios, title, found, baseline))
+    if started := _startup(measurements):
+        yield started
 
 
-def ceiling(cell: Cell, run: Run) -> float | None:
-    """The rate that the device reaches."""
-    if cell.wall:
-        return None
-    if cell.problem.seqlen_q <= HARDLY:
-        return run.ceilings["bytes"] / 1e9
-    return run.ceilings["flops"] / 1e12
+def reasons(measurements: Iterable[Measurement]) -> list[str]:
+    """Why targets have no times in some cells, and what else there is to say, a line each."""
+    said: dict[str, list[Measurement]] = {}
+    for one in measurements:
+        if one.ended is not Ended.MEASURED:
+            reason = " ".join(one.reason.split())
+            if len(reason) > REASON_LENGTH:
+                reason = f"{reason[:REASON_LENGTH]}…"
+            said.setdefault(f"{_name(one.target)}: {one.ended}: {reason}", []).append(one)
+        for note in one.notes:
+            said.setdefault(f"{_name(one.target)}: {note}", []).append(one)
+    lines = []
+    for text, cells in said.items():
+        more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
+        first = cells[0].cell
+        lines.append(f"{text} ({first.direction} {first.label}{more})")
+    return lines
 
 
-def label(cell: Cell) -> str:
-    """A cell in a word or two."""
-    p = cell.problem
-    mask = "full" if p.causal == "none" else "causal"
-    heads = f"{p.heads_q}" if p.group == 1 else f"{p.heads_q}/{p.heads_kv}"
-    return f"d {p.head_dim}, {p.batch} x {heads} x {p.seqlen_q}/{p.keys}, {mask}, {cell.direction}"
+def judged_line(measurements: Sequence[Measurement]) -> str:
+    """How many calls were judged, and how many targets failed where."""
+    calls = sum(one.judged for one in measurements)
+    timed = sum(len(one.seconds) for one in measurements)
+    failed = [one for one in measurements if one.ended in FAILED]
+    measured = sum(one.ended is Ended.MEASURED for one in measurements)
+    ended = f"{len(failed)} failed, " if failed else ""
+    without = len(measurements) - measured - len(failed)
+    aside = f", {without} not measured" if without else ""
+    return f"{measured} measured ({ended}{timed} timed calls, {calls} of them judged){aside}"
 
 
-def speedup(cell: Cell, one: Measured, baseline: Measured) -> float:
-    """How many times as fast as the baseline."""
-    return statistics.median(baseline.seconds) / statistics.median(one.seconds)
+def in_short(found: Iterable[Measurement]) -> str:
+    """What came of a cell, in a line."""
+    return ", ".join(f"{_name(one.target)} {_rate(one)}" for one in found)
 
 
-def good(run: Run, cell: Cell, peer: str) -> Measured | None:
-    """A measurement that stands."""
-    one = run.measured.get((cell.id, peer))
-    return one if one is not None and one.seconds and one.failed is None else None
+def short(value: float) -> str:
+    """Three digits: 1.23, 12.3, 123, 1,234."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
 
 
-def shown(run: Run) -> list[str]:
-    """The peers of which there is something to show."""
-    measured = {one.peer for one in run.measured.values() if one.seconds or one.failed}
-    return [name for name, _ in run.peers if name in measured]
+def _name(target: str) -> str:
+    """A target without the folder that its file is in."""
+    return target.rpartition("/")[2]
 
 
-def rates(run: Run, width: int) -> Table:
-    """Medians, with the share of the ceiling."""
-    names = shown(run)
-    table = Table(box=None, pad_edge=False, width=None)
-    table.add_column("cell", overflow="fold", min_width=min(30, width))
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
-    for cell in SUITES[run.suite](run.dtype):
-        most = ceiling(cell, run) if run.ceilings else None
-        row: list[Text | str] = [label(cell), unit(cell)]
-        for name in names:
-            one = run.measured.get((cell.id, name))
-            if one is None or one.skipped:
-                row.append("–")
-            elif one.failed or not one.seconds:
-                row.append(Text("failed", "red"))
-            else:
-                value = rate(cell, one)
-                share = f" {100 * value / most:3.0f} %" if most else ""
-                row.append(f"{value:.3g}{share}" if value < 100 else f"{value:.0f}{share}")
-        table.add_row(*row)
+def _rates(title: str, found: ByCell, targets: Sequence[str]) -> Table:
+    table = _table(title, targets)
+    for row in found.values():
+        table.add_row(
+            next(iter(row.values())).cell.label,
+            *(_rate(row[target]) if target in row else "" for target in targets),
+        )
+    share = any(m.share is not None for row in found.values() for m in row.values())
+    table.caption = "per cent of the measured ceiling beside the rate" if share else "per call"
+    table.caption_justify = "left"
     return table
 
 
-def against(run: Run, baseline: str) -> Iterator[str]:
-    """A sentence for each peer: its speed as multiples of the baseline\'s, by direction."""
-    cells = SUITES[run.suite](run.dtype)
-    for name in (n for n, _ in run.peers if n != baseline):
-        for direction in dict.fromkeys(cell.direction for cell in cells):
-            pairs = [
-                (cell, speedup(cell, one, base))
-                for cell in cells
-                if cell.direction == direction
-                and (one := good(run, cell, name))
-                and (base := good(run, cell, baseline))
-            ]
-            if pairs:
-                cell, least = min(pairs, key=lambda pair: pair[1])
-                mean = geometric_mean([ratio for _, ratio in pairs])
-                yield (
-                    f"{name} is {mean:.2f} times as fast as {baseline}, {direction}, geometric "
-                    f"mean of {len(pairs)}; least {least:.2f} ({label(cell)})"
-                )
+def _rate(one: Measurement) -> str:
+    if one.ended is not Ended.MEASURED:
+        return SHORT.get(one.ended, str(one.ended))
+    mark = "*" if one.notes else ""
+    if one.share is None:
+        return short(one.value) + mark
+    return f"{short(one.value)}{mark} {one.share:3.0%}"
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    """exp(mean(log))."""
-    return math.exp(statistics.fmean(map(math.log, values)))
+def _ratios(title: str, found: ByCell, baseline: str, targets: Sequence[str]) -> Table:
+    of = {target: ratios(found, target, baseline) for target in targets}
+    table = _table(f"{title.rpartition(', ')[0]}, times as fast as {_name(baseline)}", targets)
+    for name, row in found.items():
+        cells = [of[target].by_cell.get(name) for target in targets]
+        table.add_row(
+            next(iter(row.values())).cell.label,
+            *("" if ratio is None else f"{ratio:.2f}" for ratio in cells),
+        )
+    table.add_section()
+    means = [of[target].mean for target in targets]
+    table.add_row("geometric mean", *("" if m is None else f"{m:.3f}" for m in means))
+    smallest = [of[target].smallest for target in targets]
+    worst = [
+        "" if name is None else f"{of[target].by_cell[name]:.2f}"
+        for target, name in zip(targets, smallest, strict=True)
+    ]
+    table.add_row("smallest", *worst)
+    return table
 
 
-def reasons(run: Run) -> Iterator[str]:
-    """What is not shown, and why: each reason once."""
-    counts: dict[tuple[str, str], int] = {}
-    for one in run.measured.values():
-        why = f"failed: {one.failed}" if one.failed else one.skipped
-        if why:
-            counts[one.peer, why] = counts.get((one.peer, why), 0) + 1
-    for name, reason in run.unloadable.items():
-        yield f"{name}: {reason}"
-    for (name, why), count in counts.items():
-        yield f"{name}, {count} of {len(SUITES[run.suite](run.dtype))} cells: {why}"
-    for name, seconds in run.first_results.items():
-        said = "none" if seconds is None else f"{seconds:.1f} s"
-        yield f"{name}, from import to first result: {said}"
+def _startup(measurements: Iterable[Measurement]) -> Table | None:
+    """Seconds from import to the first result."""
+    found: dict[str, Mapping[str, float]] = {
+        one.target: one.startup for one in measurements if one.startup
+    }
+    if not found:
+        return None
+    table = _table("seconds from import to the first result", ["import", "first call", "in all"])
+    for target, seconds in found.items():
+        table.add_row(_name(target), *(f"{seconds[n]:.2f}" for n in ("import", "first", "total")))
+    return table
+
+
+def _table(title: str, columns: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(_name(column), justify="right", no_wrap=True)
+    return table
+
+
+def _split(
+    console: Console, targets: Sequence[str], make: Callable[[Sequence[str]], Table]
+) -> Iterator[Table]:
+    """Tables no wider than the console, each with as many of the targets as it has room for."""
+    options = console.options.update(max_width=sys.maxsize)
+    some: list[str] = []
+    for target in targets:
+        wider = console.measure(make([*some, target]), options=options).maximum
+        if some and wider > console.width:
+            yield make(some)
+            some = []
+        some.append(target)
+    if some:
+        yield make(some)

@@ -1,25 +1,38 @@
-"""``attnproof bench``: how fast targets are, side by side, their timed outputs judged."""
+"""``attnproof bench``: how fast targets are, measured in rounds and judged meanwhile."""
 
 from __future__ import annotations
 
-import json as json_module
-import tempfile
+import re
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
-from ..options import resolved_device
-from ..registry import registered
-from ..report.summary import Exit
-from ..writing import replace_file, unwritable
-from .common import Device, Signature, broken_pipe_is_fine, console, progress_console, stop
+from ..options import DEVICES, resolved_device
+from ..report.summary import Exit, plural
+from ..writing import unwritable
+from .common import (
+    Device,
+    Seed,
+    Signature,
+    broken_pipe_is_fine,
+    console,
+    progress_console,
+    stop,
+)
 
 if TYPE_CHECKING:
-    from ..benchmark.run import Run
+    from ..benchmark.measurement import Measurement
+    from ..benchmark.session import BenchOptions, BenchSession
+    from ..benchmark.suites import Cell
 
-ROUNDS = 10
-DTYPES = ("bf16", "fp16", "fp32")
+DTYPE = {"cuda": "bf16", "cpu": "fp32"}
 
 
 def bench(
@@ -27,127 +40,247 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[TARGET]...",
-            help="As for check; every registered backend that runs here, unless named.",
+            help="As of `check`. Without one: every registered backend that this device can run.",
         ),
     ] = None,
-    suite: Annotated[
-        str, typer.Option(metavar="NAME", help="papers, core, decoding, overhead or small.")
-    ] = "core",
     signature: Signature = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="papers, decoding, overhead or small; may be repeated. "
+            "[default: all but small; on a CPU small and overhead]",
+            show_default=False,
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX",
+            help="Only cells in whose name it is found, as forward or _d(64|128)_; all of several.",
+        ),
+    ] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help=f"{', '.join(DTYPES)}.")] = "bf16",
-    rounds: Annotated[
-        int, typer.Option(metavar="N", min=1, help="In which the peers take turns.")
-    ] = ROUNDS,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of inputs and turns.")] = 0,
-    baseline: Annotated[
+    dtype: Annotated[
         str | None,
-        typer.Option(metavar="TARGET", help="Say how many times as fast the others are."),
+        typer.Option(
+            metavar="DTYPE",
+            help="fp32, fp16 or bf16. [default: bf16; on a CPU fp32]",
+            show_default=False,
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(metavar="N", help="In which all take turns.")] = 10,
+    seed: Seed = 0,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Limit of a turn, compiling included.")
+    ] = 120.0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Begin no cell after that time; --resume goes on. [default: no limit]",
+            show_default=False,
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="TARGET", help="Show how many times as fast as that.")
     ] = None,
     json: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Write pytest-benchmark's JSON; lines as they come to FILE + l."
+            metavar="FILE", help="Write the results there as they come: pytest-benchmark's JSON."
         ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run that --json FILE holds.")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw it (.svg, .png, .pdf).")
+        Path | None, typer.Option(metavar="FILE", help="Draw the rates (.svg, .png, .pdf).")
+    ] = None,
+    show: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measure nothing: show what --json FILE has written."),
     ] = None,
 ) -> None:
-    """Measure targets side by side. A timed call whose output deviates is a failed measurement.
+    """Measure how fast TARGETs are, side by side, and judge what the timed calls return.
 
-    Exit status: 0 all is measured or unsupported, 1 a measurement failed, 2 usage, 3 nothing could
-    be measured here.
+    Exit status: 0 all that was measured conforms, 1 a measurement failed (a wrong result, a crash,
+    a rate that the device cannot have), 2 usage or a TARGET cannot be loaded, 3 nothing could be
+    measured here.
     """
     from ..benchmark.plot import FORMATS
-    from ..benchmark.plot import plot as draw
-    from ..benchmark.run import Run
-    from ..benchmark.storage import stored
-    from ..benchmark.suites import SUITES
 
-    if suite not in SUITES:
-        stop(f"--suite {suite}: accepted are {', '.join(SUITES)}")
-    if dtype not in DTYPES:
-        stop(f"--dtype {dtype}: accepted are {', '.join(DTYPES)}")
-    if device not in ("auto", "cpu", "cuda"):
-        stop(f"--device {device}: accepted are auto, cpu, cuda")
     if plot is not None and plot.suffix not in FORMATS:
         stop(f"--plot {plot}: accepted are files named {', '.join(FORMATS)}")
-    for option, path in (("--json", json), ("--plot", plot)):
+    for name, path in (("--plot", plot), ("--json", json)):
         if path is not None and (why := unwritable(path)):
-            stop(f"{option} {path}: {why}")
+            stop(f"{name} {str(path)!r}: {why}")
+    for text in only or []:
+        try:
+            re.compile(text)
+        except re.error as error:
+            stop(f"--only {text}: accepted is a regular expression: {error}")
+    if show is not None:
+        raise typer.Exit(int(_show(show, only or [], baseline, plot)))
+    if device not in DEVICES:
+        stop(f"--device {device}: unknown; accepted are {', '.join(DEVICES)}")
+    if rounds < 1:
+        stop(f"--rounds {rounds}: accepted is 1 or more")
+    for option, value in (("--timeout", timeout), ("--seconds", seconds)):
+        if value is not None and not 0 < value < float("inf"):
+            stop(f"{option} {value:g}: accepted is a time above 0 seconds")
     if resume and json is None:
-        stop("--resume: needs --json FILE, which holds the run to go on with")
-    names = list(dict.fromkeys(targets or []))
-    if signature is None:
-        for name in names:
-            if name not in registered() and ":" not in name:
-                stop(f"{name}: unknown backend; registered are {', '.join(registered())}")
-    if baseline is not None and targets and baseline not in names:
-        names.append(baseline)
-    device = resolved_device(device)
-    peers = [(name, None if name in registered() else signature) for name in names]
-    if not names:
-        peers = [(name, None) for name in registered()]
-    with tempfile.TemporaryDirectory() as folder:
-        lines = Path(folder, "lines") if json is None else json.with_name(json.name + "l")
-        run = Run(
-            suite=suite, dtype=dtype, device=device, peers=peers, rounds=rounds, seed=seed,
-            file=lines,
-        )  # fmt: skip
-        _begin(run, resume)
-        with progress_console().status("") as status:
-            run.go(
-                lambda text: status.update(
-                    f"{len(run.finished)} of {len(SUITES[suite](dtype))} cells: {text}"
-                )
-            )
-        if json is not None:
-            replace_file(json, (json_module.dumps(stored(run), indent=1) + "\n").encode())
-        if plot is not None:
-            draw(plot, run)
-    _print(run, baseline)
-    good = [m for m in run.measured.values() if m.seconds and not m.failed]
-    if any(m.failed for m in run.measured.values()) or (names and run.unloadable):
-        raise typer.Exit(int(Exit.DOES_NOT))
-    if not good:
-        raise typer.Exit(int(Exit.NOT_JUDGED))
+        stop("--resume: needs --json, which names the run to go on with")
+    from ..benchmark.session import BenchOptions
+
+    here = resolved_device(device)
+    options = BenchOptions(
+        targets=tuple(targets or ()),
+        signature=signature,
+        cells=tuple(_cells(here, dtype, suite or [], only or [])),
+        device=here,
+        rounds=rounds,
+        seed=seed,
+        timeout=timeout,
+        seconds=seconds,
+        json=json,
+        resume=resume,
+    )
+    session = _measured(options, baseline)
+    status = _tell(session.measurements, baseline, plot)
+    if session.taken_over:
+        typer.echo(f"{plural(session.taken_over, 'measurement')} taken over from the earlier run")
+    if session.left:
+        how = "go on with the same command and --resume"
+        if json is None:
+            how = "with --json FILE a run can be resumed"
+        typer.echo(f"{plural(session.left, 'cell')} not measured; {how}")
+        status = Exit.INTERRUPTED
+    raise typer.Exit(int(status))
 
 
-def _begin(run: Run, resume: bool) -> None:
-    """A new file of lines, or the one of the run that is resumed."""
-    if not resume:
-        run.file.unlink(missing_ok=True)
-        return
-    if not run.file.exists():
-        stop(f"--resume: there is no {run.file}")
-    first = run.file.read_text("utf-8").partition("\n")[0]
-    held = json_module.loads(first).get("run") if first else None
-    if held != run.settings:
-        changed = [k for k, v in run.settings.items() if (held or {}).get(k) != v]
-        stop(f"--resume: {run.file} is of another run: {', '.join(changed)} differ")
-    # Whatever a stopped run began and did not end is measured again.
-    run.file.write_text(run.file.read_text("utf-8").rpartition("\n")[0] + "\n", "utf-8")
+def _cells(
+    device: str, dtype: str | None, suites: Sequence[str], only: Sequence[str]
+) -> list[Cell]:
+    """What is to be measured, in order."""
+    from attn_reference.problem import DTYPES
+
+    from ..benchmark.suites import DEFAULT_SUITES, SUITES
+
+    dtype = dtype or DTYPE[device]
+    if dtype not in DTYPES:
+        stop(f"--dtype {dtype}: unknown; accepted are {', '.join(DTYPES)}")
+    for name in suites:
+        if name not in SUITES:
+            stop(f"--suite {name}: unknown; accepted are {', '.join(SUITES)}")
+    cells = [c for n in dict.fromkeys(suites or DEFAULT_SUITES[device]) for c in SUITES[n](dtype)]
+    chosen = [c for c in cells if _wanted(c, only)]
+    if not chosen:
+        stop(f"--only {' '.join(only)}: in the name of no cell; one is {cells[0].name}")
+    return chosen
 
 
-def _print(run: Run, baseline: str | None) -> None:
-    from ..benchmark.table import against, rates, reasons, shown
+def _wanted(cell: Cell, only: Sequence[str]) -> bool:
+    return all(re.search(text, cell.name) for text in only)
+
+
+def _measured(options: BenchOptions, baseline: str | None) -> BenchSession:
+    """Carry out a run; ends with one line where it cannot be."""
+    from ..benchmark.session import NothingToMeasure, loaded, run
+    from ..benchmark.storage import StorageError
+    from ..targets import LoadError
+
+    follow = _Follow(progress_console(), len(options.cells))
+    try:
+        with follow, loaded(options, follow.tell) as peers:
+            names = [peer.name for peer in peers]
+            if baseline is not None and baseline not in names:
+                stop(f"--baseline {baseline}: accepted is one of the targets: {', '.join(names)}")
+            return run(options, peers, follow)
+    except LoadError as error:
+        stop(str(error))
+    except NothingToMeasure as error:
+        stop(f"nothing can be measured here: {error}", Exit.NOT_JUDGED)
+    except StorageError as error:
+        stop(f"--resume: {error}")
+    except OSError as error:
+        stop(f"--json {options.json}: cannot be written: {error.strerror}", Exit.DOES_NOT)
+
+
+def _show(path: Path, only: Sequence[str], baseline: str | None, plot: Path | None) -> Exit:
+    """Print and draw what a file holds."""
+    from ..benchmark.storage import StorageError, read
+
+    try:
+        _, measurements = read(path)
+    except StorageError as error:
+        stop(f"--show {error}")
+    chosen = [one for one in measurements if _wanted(one.cell, only)]
+    if not chosen:
+        stop(f"--only {' '.join(only)}: in the name of no cell of {path}")
+    return _tell(chosen, baseline, plot)
+
+
+def _tell(measurements: Sequence[Measurement], baseline: str | None, plot: Path | None) -> Exit:
+    """Print the tables, draw the figure, and give the exit status."""
+    from ..benchmark.measurement import FAILED, Ended
+    from ..benchmark.plot import plot as draw
+    from ..benchmark.table import judged_line, reasons, tables
 
     out = console()
-    out.width = max(out.width, 44 + 16 * len(shown(run)))
     with broken_pipe_is_fine():
-        if run.ceilings:
-            product, copy = run.ceilings["flops"] / 1e12, run.ceilings["bytes"] / 1e9
-            out.print(
-                f"{run.suite}, {run.dtype}: medians, and per cent of what a large product reaches, "
-                f"{product:.3g} TFLOP/s, or a copy, {copy:.4g} GB/s"
-            )
-        out.print(rates(run, out.width))
-        for sentence in reasons(run):
-            out.print(sentence)
-        if baseline is not None:
-            for sentence in against(run, baseline):
-                out.print(sentence)
+        for table in tables(measurements, out, baseline):
+            out.print(table)
+        for line in reasons(measurements):
+            out.print(line, markup=False, soft_wrap=True)
+        out.print(judged_line(measurements), markup=False)
+    if plot is not None:
+        try:
+            draw(plot, measurements)
+        except OSError as error:
+            stop(f"--plot {plot}: {error.strerror}")
+        typer.echo(f"drawn: {plot}", err=True)
+    ended = {one.ended for one in measurements}
+    if ended & FAILED:
+        return Exit.DOES_NOT
+    return Exit.CONFORMS if Ended.MEASURED in ended else Exit.NOT_JUDGED
+
+
+class _Follow:
+    """A bar on a terminal; elsewhere a line for every cell."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console = console
+        self._begun = time.monotonic()
+        self._bar = Bar(
+            TextColumn("measuring"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("measuring", total=total, text="")
+
+    def __enter__(self) -> _Follow:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def tell(self, text: str) -> None:
+        """What is being done now."""
+        self._bar.update(self._task, text=escape(text))
+
+    def done(self, cell: Cell, found: Sequence[Measurement]) -> None:
+        """What came of a cell."""
+        from ..benchmark.table import in_short
+
+        self._bar.advance(self._task)
+        if not self._console.is_terminal:
+            seconds = time.monotonic() - self._begun
+            line = f"{seconds:5.0f} s  {cell.direction} {cell.label}: {in_short(found)}"
+            self._console.print(line, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The command line: ``attnproof check|explain|list|doctor|replay|golden|traffic|bench``."""
+"""The command line: ``attnproof check|explain|list|doctor|replay|bench|golden|traffic``."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ app.command()(explain)
 app.command("list")(list_)
 app.command()(doctor)
 app.command()(replay)
-app.command()(traffic)
 app.command()(bench)
+app.command()(traffic)
 app.add_typer(golden, name="golden")
 
 

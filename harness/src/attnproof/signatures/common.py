@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 from torch.nn import Module
@@ -216,6 +217,8 @@ class FunctionBackend:
     call: Callable[[Inputs, Problem], Attention]
     declared: Precision | Callable[[str], Precision] = FLASH  # by device, where that matters
     requirement: Requirement | None = None  # of a GPU
+    # What a benchmark times, where that is not ``call``; see ``backend.Preparing``.
+    prepared: Callable[[Inputs, Problem], Callable[[], Attention]] | None = None
 
     def precision(self, device: str) -> Precision:
         """The declared precision."""
@@ -228,3 +231,9 @@ class FunctionBackend:
     def attention(self, inputs: Inputs, problem: Problem) -> Attention:
         """Call the function."""
         return self.call(inputs, problem)
+
+    def prepare(self, inputs: Inputs, problem: Problem) -> Callable[[], Attention]:
+        """The call that a benchmark times."""
+        if self.prepared is not None:
+            return self.prepared(inputs, problem)
+        return partial(self.call, inputs, problem)

@@ -60,6 +60,7 @@ def adapt(function: Callable[..., Any], name: str) -> FunctionBackend:
         name=name,
         capabilities=declared_capabilities(function, capabilities_of(parameters)),
         call=partial(with_keep_mask, partial(call, function, parameters)),
+        prepared=partial(prepare, function, parameters),
         declared=(
             torch_precision
             if function is scaled_dot_product_attention
@@ -91,6 +92,13 @@ def call(
     function: Callable[..., Any], parameters: Parameters, inputs: Inputs, problem: Problem
 ) -> Attention:
     """Call ``function`` on a problem within its capabilities."""
+    return prepare(function, parameters, inputs, problem)()
+
+
+def prepare(
+    function: Callable[..., Any], parameters: Parameters, inputs: Inputs, problem: Problem
+) -> Callable[[], Attention]:
+    """That call, its arguments at hand."""
     options: dict[str, Any] = {
         "attn_mask": attention_mask(inputs),
         "dropout_p": problem.dropout,
@@ -99,10 +107,16 @@ def call(
         "enable_gqa": problem.group > 1,
     }
     given = {name: value for name, value in options.items() if name in parameters}
-    out = function(inputs.q, inputs.k, inputs.v, **given)
-    if not isinstance(out, Tensor):
-        raise TypeError(f"the target returned a {type(out).__name__}; accepted is out, a tensor")
-    return Attention(out=out)
+
+    def called() -> Attention:
+        out = function(inputs.q, inputs.k, inputs.v, **given)
+        if not isinstance(out, Tensor):
+            raise TypeError(
+                f"the target returned a {type(out).__name__}; accepted is out, a tensor"
+            )
+        return Attention(out=out)
+
+    return called
 
 
 def attention_mask(inputs: Inputs) -> Tensor | None:
