@@ -101,21 +101,22 @@ def overhead(dtype: str) -> Iterator[Cell]:
 
 
 def small(dtype: str) -> Iterator[Cell]:
-    """A few problems that a CPU gets through, one of each kind."""
+    """A few problems that a CPU gets through, of each kind."""
     for direction in ("forward", "backward"):
-        for causal in ("none", "top-left"):
-            yield Cell(
-                suite="small",
-                direction=direction,
-                problem=Problem(
-                    heads_q=4,
-                    seqlen_q=256,
-                    head_dim=64,
-                    dtype=dtype,
-                    causal=causal,
-                    gradients=QKV if direction == "backward" else (),
-                ),
-            )
+        for seqlen in (128, 256):
+            for causal in ("none", "top-left"):
+                yield Cell(
+                    suite="small",
+                    direction=direction,
+                    problem=Problem(
+                        heads_q=4,
+                        seqlen_q=seqlen,
+                        head_dim=64,
+                        dtype=dtype,
+                        causal=causal,
+                        gradients=QKV if direction == "backward" else (),
+                    ),
+                )
     yield _decoding("small", dtype, batch=1, heads=(4, 2), keys=4096, head_dim=64)
 
 
