@@ -62,13 +62,18 @@ class Measurement:
         return amount / self.typical
 
     @property
-    def share(self) -> float | None:
-        """Of the ceiling of its unit; None where there is none, and without times."""
-        if self.cell.unit == "µs" or not self.ceilings or not self.seconds:
+    def ceiling(self) -> float | None:
+        """What the device reaches, in the unit of the cell; None where there is no such thing."""
+        if self.cell.unit == "µs" or not self.ceilings:
             return None
         if self.cell.unit == "TFLOP/s":
-            return self.flops / self.typical / self.ceilings["matmul"]
-        return self.bytes / self.typical / self.ceilings["memory"]
+            return self.ceilings["matmul"] / 1e12
+        return self.ceilings["memory"] / 1e9
+
+    @property
+    def share(self) -> float | None:
+        """Of the ceiling; None where there is none."""
+        return None if self.ceiling is None else self.value / self.ceiling
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON, without the times."""

@@ -36,11 +36,10 @@ def plot(path: Path, measurements: Sequence[Measurement]) -> None:
             if points:
                 x, y = zip(*points, strict=True)
                 (handles[target],) = axis.plot(x, y, marker=".", color=f"C{number % 10}")
-        unit, ceilings = found[0].cell.unit, found[0].ceilings
-        top = ceilings["matmul"] / 1e12 if unit == "TFLOP/s" else ceilings["memory"] / 1e9
-        axis.axhline(top, color="0.6", linestyle="--", linewidth=1)
+        if (top := found[0].ceiling) is not None:
+            axis.axhline(top, color="0.6", linestyle="--", linewidth=1)
         over = "batch" if found[0].cell.problem.seqlen_q == 1 else "keys"
-        axis.set(title=title, xlabel=over, ylabel=unit)
+        axis.set(title=title, xlabel=over, ylabel=found[0].cell.unit)
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)

@@ -90,10 +90,19 @@ def _rates(title: str, found: ByCell, targets: Sequence[str]) -> Table:
             next(iter(row.values())).cell.label,
             *(_rate(row[target]) if target in row else "" for target in targets),
         )
-    share = any(m.share is not None for row in found.values() for m in row.values())
-    table.caption = "per cent of the measured ceiling beside the rate" if share else "per call"
+    table.caption = _caption([one for row in found.values() for one in row.values()])
     table.caption_justify = "left"
     return table
+
+
+def _caption(found: Sequence[Measurement]) -> str:
+    """What the numbers are; ceilings are measured anew when a run is gone on with."""
+    ceilings = [ceiling for one in found if (ceiling := one.ceiling) is not None]
+    if not ceilings:
+        return "per call"
+    least, most = short(min(ceilings)), short(max(ceilings))
+    reached = most if least == most else f"{least} to {most}"
+    return f"beside the rate its share of what this device reaches, {reached} {found[0].cell.unit}"
 
 
 def _rate(one: Measurement) -> str:
@@ -114,6 +123,8 @@ def _ratios(title: str, found: ByCell, baseline: str, targets: Sequence[str]) ->
             next(iter(row.values())).cell.label,
             *("" if ratio is None else f"{ratio:.2f}" for ratio in cells),
         )
+    if len(found) == 1:
+        return table
     table.add_section()
     means = [of[target].mean for target in targets]
     table.add_row("geometric mean", *("" if m is None else f"{m:.3f}" for m in means))
