@@ -18,7 +18,7 @@ import nox
 from packaging.requirements import Requirement
 
 nox.needs_version = ">=2025.2.9"
-nox.options.sessions = ["check", "tests", "lint"]
+nox.options.sessions = ["check", "tests", "lint", "codegen"]
 nox.options.default_venv_backend = "virtualenv"  # uv leaves out pip, and has settings of its own
 
 ROOT = Path(__file__).parent
@@ -164,6 +164,12 @@ def lint(session: nox.Session) -> None:
 def golden(session: nox.Session) -> None:
     """Recompute the checked-in truth and compare; ``-- update`` rewrites what changed."""
     Environment(session).run("attnproof", "golden", *(session.posargs or ["verify"]))
+
+
+@nox.session(venv_backend="none")
+def codegen(session: nox.Session) -> None:
+    """Compile the kernels for GPUs that need not be there, and compare with golden/codegen."""
+    Environment(session).run("attnproof", "golden", "verify", "golden/codegen")
 
 
 @nox.session(default=False)

@@ -53,6 +53,7 @@ tests() {
   timeout "$limit" python3 -m pytest -q -rf -p no:cacheprovider -c /dev/null --import-mode=importlib \
     -n "${WORKERS:-8}" -p attnproof.spread --rootdir=packages/triton \
     packages/triton/tests/test_{precision,repeats,v1,v2,v2_decoding,mask_rule}.py \
+    packages/triton/tests/test_{operators,sdpa,flash_attn,flash_attn_cache,graphs}.py \
     >"$results/tests.txt" 2>&1 || fail tests $?
 }
 

@@ -42,6 +42,10 @@ def table(backends: dict[str, Entry]) -> str:
     lines = [["feature", *backends]]
     lines += [[f, *(cell(rows.get(f)) for rows in by_name.values())] for f in features]
     lines.append(["conform", *(f"{entry['counts']['conforms']:,}" for entry in backends.values())])
+    level = max(entry["counts"]["cases"] for entry in backends.values())
+    missing = [level - entry["counts"]["cases"] for entry in backends.values()]
+    if any(missing):  # those of a run that was stopped
+        lines.append(["not reached", *(f"{count:,}" if count else "–" for count in missing)])
     known = [sum(row["known"] for row in entry["features"]) for entry in backends.values()]
     lines.append(["known to fail", *(f"{count:,}" if count else "–" for count in known)])
     lines.append(["verdict", *(entry["verdict"] for entry in backends.values())])

@@ -134,7 +134,7 @@ def test_tables_show_rates_shares_ratios_and_what_is_missing() -> None:
     assert ["b1", "d64", "S128", "full", "3.81", "38%", "1.9", "19%"] in rows
     assert ["b1", "d64", "S512", "full", "4", "40%", "unsupp."] in rows
     assert ["geometric", "mean", "2.000"] in rows
-    assert "share of what this device reaches, 10 TFLOP/s" in " ".join(text.split())
+    assert "its share of what this device reaches, 10 TFLOP/s" in " ".join(text.split())
     assert ["fast", "1.00", "0.50", "1.50"] in rows
     assert reasons(a_run()) == ["slow: unsupported: too long (forward b1 d64 S512 full)"]
 

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from attnproof.cli import progress as cli_progress
-from attnproof.cli.progress import Watcher, loading
+from attnproof.cli.progress import Watcher, advancing, loading
 from attnproof.options import Options, loading_text
 
 OPTIONS = Options(target="some[thing].py:f")
@@ -168,3 +168,22 @@ def test_an_import_that_hangs_is_no_silence(tmp_path: Path, command: str) -> Non
     assert ran.returncode == 2, ran.stderr
     assert ran.stderr.startswith(f"loading {target}:f, up to 2 s\n")
     assert "not loaded within 2 s" in ran.stderr
+
+
+@pytest.mark.parametrize("quiet", [0.0, 60.0])
+def test_what_is_done_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch, quiet: float) -> None:
+    monkeypatch.setattr(cli_progress, "QUIET_SECONDS", quiet)
+    text = io.StringIO()
+    with advancing(Console(file=text, width=100), "recomputing some[thing]") as progress:
+        progress(1, 2)
+    expected = "recomputing some[thing]: 1 of 2, 0 s\n" if not quiet else ""
+    assert text.getvalue() == expected
+
+
+def test_on_a_terminal_it_is_a_bar_that_goes_away() -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=100, force_terminal=True)
+    with advancing(console, "recomputing some[thing]") as progress:
+        progress(1, 2)
+    assert "recomputing some[thing]" in text.getvalue()
+    assert "1/2" in text.getvalue()

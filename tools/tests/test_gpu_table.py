@@ -26,7 +26,10 @@ def kept(folder, gpu, **backends):
             },
             "level": "full",
             "verdict": "deviates" if any(r["feature"] == "bad" for r in rows) else "conforms",
-            "counts": {"conforms": sum(r["conforms"] for r in rows)},
+            "counts": {
+                "cases": sum(r["cases"] for r in rows),
+                "conforms": sum(r["conforms"] for r in rows),
+            },
             "features": rows,
         }
         for name, rows in backends.items()
@@ -66,7 +69,7 @@ def test_a_cell(tmp_path, found, cell):
 
 def test_gpus_have_tables_of_their_own(tmp_path):
     first = kept(
-        tmp_path, "H1", one=[row("f", 3, worst=0.5, conforms=3)], two=[row("g", 1, unsupported=1)]
+        tmp_path, "H1", one=[row("f", 3, worst=0.5, conforms=3)], two=[row("g", 3, unsupported=3)]
     )
     second = kept(tmp_path, "H2", one=[row("bad", 1, worst=2.0, deviates=1)])
     text = printed(first, second)
@@ -91,3 +94,10 @@ def test_without_a_file_it_says_what_to_name():
     done = subprocess.run([sys.executable, TOOL], capture_output=True, text=True)
     assert done.returncode == 1
     assert "FILE" in done.stderr
+
+
+def test_a_run_that_was_stopped_says_how_many_cases_it_did_not_reach(tmp_path):
+    rows = {"all": [row("f", 5, worst=0.5, conforms=5)], "some": [row("f", 2, conforms=2)]}
+    assert cells(printed(kept(tmp_path, "H1", **rows)))["not reached"] == ["–", "3"]
+    complete = kept(tmp_path, "H2", all=rows["all"], too=rows["all"])
+    assert "not reached" not in printed(complete)

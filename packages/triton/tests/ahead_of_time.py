@@ -13,14 +13,15 @@ import triton
 from triton_attention.arguments import Arguments
 from triton_attention.compiled import compile_for
 from triton_attention.launch import Launch
-from triton_attention.tiles import GPUS, Tiles
+from triton_attention.tiles import GPUS
+from triton_attention.tiles_table import Tiles
 from triton_attention.v2_launches import Launches
 
 
-def launches(capability: int, dim: int, **options: Any) -> Launches:
+def launches(capability: int, dim: int, hopper: bool = False, **options: Any) -> Launches:
     """Of one call in bf16, for that GPU."""
     q, k, v = (torch.empty(2, 4, 1024, dim, dtype=torch.bfloat16) for _ in range(3))
-    return Launches(Arguments(q=q, k=k, v=v, **options), gpu=GPUS[capability])
+    return Launches(Arguments(q=q, k=k, v=v, **options), gpu=GPUS[capability], hopper=hopper)
 
 
 def forward(capability: int, dim: int, tiles: Tiles | None = None, **options: Any) -> Launch:
@@ -28,9 +29,9 @@ def forward(capability: int, dim: int, tiles: Tiles | None = None, **options: An
     return launches(capability, dim, **options).forward(tiles, splits=1).launches[0]
 
 
-def backward(capability: int, dim: int) -> dict[str, Launch]:
+def backward(capability: int, dim: int, hopper: bool = False) -> dict[str, Launch]:
     """The two large kernels of backward."""
-    made = launches(capability, dim, causal="bottom-right")
+    made = launches(capability, dim, hopper, causal="bottom-right")
     out = torch.empty_like(made.x.q)
     lse = torch.empty(out.shape[:-1])
     _, keys, queries = made.backward(out, lse, out, None, {"q", "k"}).launches
@@ -64,6 +65,10 @@ def main() -> None:
         for dim in (64, 128):
             launch = forward(capability, dim, causal="bottom-right")
             jobs[f"forward-{capability}-{dim}"] = capability, launch
+    for dim in (64, 128):
+        jobs[f"hopper-forward-{dim}"] = 90, forward(90, dim, hopper=True, causal="bottom-right")
+        for name, launch in backward(90, dim, hopper=True).items():
+            jobs[f"hopper-{name}-{dim}"] = 90, launch
     # With these tiles the warps do not fit below each other: planted, for the check to find.
     wide = Tiles(block_m=64, block_n=64, num_warps=8, num_stages=2)
     low = Tiles(block_m=16, block_n=64)

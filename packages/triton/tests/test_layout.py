@@ -72,19 +72,38 @@ def exchanges(ttgir):
     return found
 
 
-SUBJECTS = [f"forward-{capability}-{dim}" for capability in (80, 90) for dim in (64, 128)]
-
-
-@pytest.mark.parametrize("name", SUBJECTS)
-def test_rows_are_split_over_warps(compiled, name):
-    ttgir = compiled[name]["ttgir"]
+def check_rows(ttgir, warps, loops, reductions):
+    """That rows are split over so many warps, and nothing is exchanged in those loops."""
     assert exchanges(ttgir) == []
     split = [text for _, text in DEFINITION.findall(ttgir) if "nvidia_mma" in text]
     assert split
-    assert all("warpsPerCTA = [8, 1]" in text for text in split)
+    assert all(f"warpsPerCTA = [{warps}, 1]" in text for text in split)
+    assert ttgir.count("scf.for") == loops
+    assert len(REDUCTION.findall(ttgir)) == reductions
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_rows_are_split_over_warps(compiled, capability, dim):
     # The two loops of a causal mask, each with its maximum and its sum.
-    assert ttgir.count("scf.for") == 2
-    assert len(REDUCTION.findall(ttgir)) == 4
+    check_rows(compiled[f"forward-{capability}-{dim}"]["ttgir"], 8, loops=2, reductions=4)
+
+
+@pytest.mark.parametrize(("dim", "consumers"), [(64, 3), (128, 2)])
+def test_rows_are_split_over_warpgroups_on_hopper(compiled, dim, consumers):
+    # Each has the first tile and those two loops; the loading warp has one loop.
+    check_rows(compiled[f"hopper-forward-{dim}"]["ttgir"], 4, 2 * consumers + 1, 6 * consumers)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kernel", ["forward", "keys", "queries"])
+def test_hopper_has_a_loading_warp_and_products_in_flight(compiled, kernel, dim):
+    ttgir = compiled[f"hopper-{kernel}-{dim}"]["ttgir"]
+    assert "ttg.warp_specialize" in ttgir
+    assert "ttng.async_tma_copy_global_to_local" in ttgir
+    products = [line for line in ttgir.splitlines() if "ttng.warp_group_dot " in line]
+    assert products
+    assert all("isAsync = true" in line for line in products)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from triton_attention import tiles
+from triton_attention import tiles, tiles_table
 from triton_attention.tiles import GPUS, NO_GPU, WIDTHS, Kind, padded, padded_dims
 
 DIMS = sorted({padded_dims(d, dv) for d, dv in itertools.product(range(1, 257), repeat=2)})
@@ -122,3 +122,49 @@ def test_splits_of_nothing():
 @pytest.mark.parametrize(("group", "queries", "heads"), [(4, 16, 4), (4, 17, 1), (1, 1, 1)])
 def test_few_queries_share_a_block(group, queries, heads):
     assert tiles.packed_heads(group, queries) == heads
+
+
+def table(*rows):
+    made = {"kernel": tiles_table.POINTERS, "direction": tiles_table.KEYS, "itemsize": 2}
+    return [tiles_table.Row(**made | row) for row in rows]
+
+
+def of(size):
+    return tiles_table.Tiles(block_m=size, block_n=size)
+
+
+def test_a_table_is_written_as_it_is_read(tmp_path):
+    rows = tiles_table.read()
+    assert {row.direction for row in rows} >= {"forward", "keys", "queries", "bias"}
+    tiles_table.write(reversed(rows), tmp_path / "tiles.json")
+    assert (tmp_path / "tiles.json").read_text() == tiles_table.PATH.read_text()
+
+
+def test_what_fits_best_is_found(tmp_path, monkeypatch):
+    rows = table(
+        {"width": 128, "tiles": of(16)},
+        {"width": 64, "tiles": of(32)},
+        {"width": 64, "gpu": 90, "tiles": of(64)},
+        {"width": 64, "gpu": 90, "rows": 1024, "tiles": of(128)},
+    )
+    tiles_table.write(rows, tmp_path / "tiles.json")
+    read = tuple(tiles_table.read(tmp_path / "tiles.json"))
+    monkeypatch.setattr(tiles_table, "_table", lambda: read)
+
+    def found(gpu, width, count, itemsize=2):
+        return tiles_table.find.__wrapped__("pointers", "keys", gpu, itemsize, width, count)
+
+    assert found(80, 64, 1) == of(32)
+    assert found(80, 128, 1) == of(16)
+    assert found(90, 64, 1024) == of(128)
+    assert found(90, 32, 1025) == of(64)
+    assert found(90, 128, 1) is None  # it has rows of its own, none that wide
+    assert found(80, 256, 1) is None
+    assert found(80, 64, 1, itemsize=4) is None
+
+
+def test_every_kind_has_tiles():
+    for gpu, direction in itertools.product(GPUS.values(), ("forward", "keys", "queries", "bias")):
+        for itemsize, width in itertools.product((2, 4), WIDTHS):
+            arguments = ("pointers", direction, gpu.capability, itemsize, width, 1 << 20)
+            assert tiles_table.find(*arguments) is not None, arguments

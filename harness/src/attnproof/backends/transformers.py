@@ -27,7 +27,7 @@ from ..signatures.sdpa import torch_precision
 from .library import LibraryBackend
 from .positions import distance_from_diagonal, visible, without_padding
 
-INSTALL = "pip install 'transformers>=5'"
+INSTALL = "pip install 'transformers>=5.17'"
 HIDING = frozenset({"window", "boolean mask", "key lengths"})
 FEATURES = HIDING | {
     "causal top-left",

@@ -1,8 +1,8 @@
 """How much room the budget leaves: honest kernels on random problems, none of which may deviate.
 
     python -m attnproof.calibration --kernel sdpa-flash --problems 2000 --json FILE --workers 2
-    python -m attnproof.calibration --summary FILE... --write golden/performance/calibration.json
-    python -m attnproof.calibration --figures golden/performance/calibration.json --table room
+    python -m attnproof.calibration --summary FILE... --write calibration-cpu.json
+    python -m attnproof.calibration --figures calibration-cpu.json --table room
 
 FILE holds a JSON line for every problem, written as it is measured, after one that says on what;
 a second run with the same FILE goes on where the first one stopped. A process that dies or hangs

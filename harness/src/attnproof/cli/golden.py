@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,10 +30,12 @@ from .common import (
     progress_console,
     stop,
 )
-from .progress import loading
+from .progress import advancing, loading
+
+if TYPE_CHECKING:
+    from ..golden.comparison import Comparison, Progress, Update
 
 GOLDEN = Path("golden")
-KINDS = ("vectors", "traffic")
 
 golden = typer.Typer(
     help="The checked-in truth: recompute and compare it, rewrite it, judge a target on it.",
@@ -43,7 +47,7 @@ Directory = Annotated[
     Path | None,
     typer.Argument(
         metavar="[DIRECTORY]",
-        help="Vectors, or traffic if it is called that. Without it: all of golden/.",
+        help="Traffic or codegen if it is called that, else vectors. Without it: all of golden/.",
         show_default=False,
     ),
 ]
@@ -51,22 +55,26 @@ Directory = Annotated[
 
 @golden.command()
 def verify(directory: Directory = None) -> None:
-    """Recompute and compare; exit status 1 when something differs."""
-    differ = False
+    """Recompute and compare; exit status 1 when something differs, 3 when nothing is compared."""
+    results = []
     for folder, kind in _folders(directory):
         if not folder.is_dir():
             stop(f"golden verify: {folder}: no such directory")
-        with progress_console().status(f"recomputing {folder}"):
-            differences = kind.verify(folder)
-        for difference in differences:
-            typer.echo(difference)
-        if differences:
-            typer.echo(f"differs: {plural(len(differences), 'difference')} in {folder}")
-        else:
-            typer.echo(f"agrees: {folder}")
-        differ = differ or bool(differences)
-    if differ:
+        with advancing(progress_console(), f"recomputing {folder}") as progress:
+            found = kind.verify(folder, progress)
+        if found.table is not None:
+            console().print(found.table)
+        for line in (*found.lines, *(f"not compared: {reason}" for reason in found.reasons)):
+            typer.echo(line)
+        if found.fails:
+            typer.echo(f"differs: {found.summary} in {folder}")
+        elif found.compared:
+            typer.echo(f"agrees: {folder}" + (f" ({found.summary})" if found.summary else ""))
+        results.append(found)
+    if any(found.fails for found in results):
         raise typer.Exit(int(Exit.DOES_NOT))
+    if not any(found.compared for found in results):
+        raise typer.Exit(int(Exit.NOT_JUDGED))
 
 
 @golden.command()
@@ -74,16 +82,18 @@ def update(directory: Directory = None) -> None:
     """Rewrite what no longer agrees, and say what."""
     folders = _folders(directory)
     for folder, kind in folders:
-        for name in kind.files():
+        for name in kind.files:
             # A folder that is missing will be made.
             if folder.is_dir() and (why := unwritable(folder / name)):
                 stop(f"golden update {str(folder)!r}: its {name} {why}")
     for folder, kind in folders:
         try:
-            with progress_console().status(f"recomputing {folder}"):
-                done = kind.update(folder)
+            with advancing(progress_console(), f"recomputing {folder}") as progress:
+                done = kind.update(folder, progress)
         except OSError as error:
             stop(f"golden update: {folder}: {error.strerror}")
+        if done.table is not None:
+            console().print(done.table)
         for line in (*done.changed, *done.notes):
             typer.echo(line)
         typer.echo(f"{plural(len(done.changed), 'file')} changed in {folder}")
@@ -154,11 +164,37 @@ def check(
     raise typer.Exit(int(Exit.DOES_NOT if failed else summary.exit))
 
 
-def _folders(directory: Path | None) -> list[tuple[Path, ModuleType]]:
-    """Each folder with the module that verifies and updates its kind."""
-    from ..golden import traffic, vectors  # import torch, which --help can do without
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """How one kind of checked-in truth is compared and rewritten."""
 
-    modules = {"vectors": vectors, "traffic": traffic}
+    verify: Callable[[Path, Progress], Comparison]
+    update: Callable[[Path, Progress], Update]
+    files: list[str]
+
+
+def _kinds() -> dict[str, _Kind]:
+    """By the name of their folder."""
+    from ..golden import codegen, traffic, vectors  # import torch, which --help can do without
+    from ..golden.comparison import Comparison
+
+    def quick(module: ModuleType) -> _Kind:
+        return _Kind(
+            verify=lambda folder, progress: Comparison.of(module.verify(folder)),
+            update=lambda folder, progress: module.update(folder),
+            files=module.files(),
+        )
+
+    return {
+        "vectors": quick(vectors),
+        "traffic": quick(traffic),
+        "codegen": _Kind(verify=codegen.verify, update=codegen.update, files=codegen.files()),
+    }
+
+
+def _folders(directory: Path | None) -> list[tuple[Path, _Kind]]:
+    """Each folder with its kind."""
+    kinds = _kinds()
     if directory is None:
-        return [(GOLDEN / kind, modules[kind]) for kind in KINDS]
-    return [(directory, modules["traffic" if directory.name == "traffic" else "vectors"])]
+        return [(GOLDEN / name, kind) for name, kind in kinds.items()]
+    return [(directory, kinds.get(directory.name, kinds["vectors"]))]

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,34 @@ def loading(console: Console, options: Options) -> Iterator[None]:
         yield
     finally:
         reminder.stop()
+
+
+@contextmanager
+def advancing(console: Console, text: str) -> Iterator[Callable[[int, int], None]]:
+    """Say what is done in the block; it reports how much is done, of how much, where it can."""
+    bar = Progress(
+        TextColumn(escape(text)),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task(text, total=None)
+    started = said = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said
+        bar.update(task, completed=done, total=total)
+        now = time.monotonic()
+        if not console.is_terminal and now - said > QUIET_SECONDS:
+            said = now
+            words = f"{text}: {done} of {total}, {now - started:.0f} s"
+            console.print(words, markup=False, soft_wrap=True)
+
+    with bar:
+        yield progress
 
 
 class Reminder:

@@ -15,8 +15,11 @@ def require_lse(subject: Subject) -> None:
 
 
 def require_keep_mask(subject: Subject) -> None:
-    """The target says what dropout kept."""
-    if not subject.description.capabilities.keep_mask:
+    """The target has dropout, and says what it kept."""
+    capabilities = subject.description.capabilities
+    if "dropout" not in capabilities.features:
+        raise subject.verdict_error(Status.UNSUPPORTED, "dropout is not supported")
+    if not capabilities.keep_mask:
         raise subject.verdict_error(Status.UNSUPPORTED, "what dropout kept is not returned")
 
 

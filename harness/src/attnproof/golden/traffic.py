@@ -16,7 +16,8 @@ import torch
 
 from ..traffic.sources import Setting, sources
 from ..writing import replace_file
-from .vectors import MANIFEST, Update
+from .comparison import Update
+from .vectors import MANIFEST
 
 DIRECTORY = Path("golden/traffic")
 COUNTS = "counts.json"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,21 +24,13 @@ from attn_reference.inputs import Inputs
 from attn_reference.problem import Problem
 
 from ..writing import replace_file
+from .comparison import Update
 from .problems import VECTORS, answers, rounding_bounds, vector_inputs
 
 DIRECTORY = Path("golden/vectors")
 MANIFEST = "manifest.json"
 SUFFIX = ".safetensors"
 NAME = re.compile(r"[a-z0-9-]+")  # no way out of the directory
-
-
-@dataclass(frozen=True, kw_only=True)
-class Update:
-    """What an update did: a sentence for each file that was written or removed, and what else
-    there is to say."""
-
-    changed: list[str]
-    notes: list[str]
 
 
 def verify(directory: Path = DIRECTORY) -> list[str]:

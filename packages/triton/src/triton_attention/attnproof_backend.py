@@ -1,9 +1,9 @@
-"""Where this package meets the harness: V1 and V2 as backends, interpreted on the CPU, and what is
-counted of them."""
+"""Where this package meets the harness: V1 and V2 as backends, interpreted on the CPU, what is
+counted of them, and what their kernels compile to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,12 +14,15 @@ from attn_reference.inputs import Attention, Inputs
 from attn_reference.precision import FLASH, Precision
 from attn_reference.problem import FEATURES, GRADIENT_NAMES, Problem
 from attnproof.backend import Capabilities
+from attnproof.codegen.sources import Compiled
 from attnproof.requirement import Requirement
 from attnproof.traffic.sources import Setting, Traffic
 
+from . import codegen as compiled_calls
 from . import interpreter
 from .arguments import LARGEST_HEAD_DIM
 from .closed_forms import formula
+from .launch import Launch
 from .traffic import V1, V2, Workload, block_for, count
 
 AMPERE = Requirement(who="Triton", arch_min="sm_80")  # as its README says
@@ -197,3 +200,54 @@ traffic = (
     TritonTraffic(V1, "FlashAttention V1 in Triton"),
     TritonTraffic(V2, "FlashAttention V2 in Triton"),
 )
+
+
+@dataclass(frozen=True)
+class TritonKernel:
+    """A launch as it is compiled for a compute capability, for ``attnproof golden``."""
+
+    name: str
+    launch: Launch
+    capability: int
+
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """Shared memory in bytes, tensor memory in columns."""
+        return compiled_calls.limits(self.capability)
+
+    def key(self) -> str:
+        """That of Triton's cache."""
+        from .compiled import key_for
+
+        return key_for(self.launch, self.capability)
+
+    def compile(self) -> Compiled:
+        """Compile it, and list its instructions."""
+        return Compiled(**vars(compiled_calls.read(self.launch, self.capability)))
+
+
+@dataclass(frozen=True)
+class TritonCodegen:
+    """The kernels of V1 and V2; each is named "sm_90 forward bf16 128 causal: forward"."""
+
+    name: str = "triton"
+
+    def calls(self) -> Sequence[str]:
+        """What is compiled, as "sm_90 forward bf16 128 causal"."""
+        return [f"sm_{capability} {name}" for capability, name in compiled_calls.calls()]
+
+    def kernels(self, call: str) -> Sequence[TritonKernel]:
+        """The kernels that the call launches."""
+        architecture, _, name = call.partition(" ")
+        capability = int(architecture.removeprefix("sm_"))
+        return [
+            TritonKernel(f"{call}: {launch.kernel.__name__}", launch, capability)
+            for launch in compiled_calls.launches(capability, name)
+        ]
+
+    def toolchain(self) -> Mapping[str, str]:
+        """Triton, and the assemblers that it brings."""
+        return compiled_calls.toolchain()
+
+
+codegen = TritonCodegen()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,22 +23,24 @@ class Launch:
     arguments: Mapping[str, Any]
     options: Mapping[str, int]
 
-    def run(self) -> None:
-        """On the current device, or interpreted; nothing happens on an empty grid."""
+    def run(self) -> Any:
+        """On the current device, or interpreted; nothing happens on an empty grid. Gives Triton's
+        compiled kernel, None where none was needed."""
         if not math.prod(self.grid):
-            return
+            return None
         if interpreter.enabled():
             interpreter.run(self.kernel, self.grid, self.arguments)
-        else:
-            self.kernel[self.grid](**self.arguments, **self.options)
+            return None
+        return self.kernel[self.grid](**self.arguments, **self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Launches in order, and what they write, by name."""
+    """Launches in order, what they write, by name, and what else was allocated for them."""
 
     launches: list[Launch]
     tensors: dict[str, Tensor]
+    scratch: list[Tensor] = field(default_factory=list)
 
     def run(self) -> dict[str, Tensor]:
         """Run the launches: what they have written."""

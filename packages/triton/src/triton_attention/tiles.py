@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
-from . import interpreter
+from . import interpreter, tiles_table
+from .tiles_table import BIAS, FORWARD, HOPPER, KEYS, POINTERS, QUERIES, HopperTiles, Tiles
 
 PRODUCTS = "ieee"  # fp32 products on the cores that do not round their operands
 FEW_QUERIES = 16  # up to which the heads of a group share a block of rows
@@ -24,18 +24,19 @@ class Gpu:
 
     shared_memory: int  # bytes that a block of threads may use
     multiprocessors: int
+    capability: int  # 90 is Hopper
 
 
 # By compute capability, for kernels that are compiled where there is no such GPU.
 GPUS = {
-    80: Gpu(shared_memory=166912, multiprocessors=108),  # A100
-    86: Gpu(shared_memory=101376, multiprocessors=84),  # A10, A40, RTX 3090
-    89: Gpu(shared_memory=101376, multiprocessors=142),  # L40, RTX 4090
-    90: Gpu(shared_memory=232448, multiprocessors=132),  # H100, H200
-    100: Gpu(shared_memory=232448, multiprocessors=148),  # B200
+    80: Gpu(shared_memory=166912, multiprocessors=108, capability=80),  # A100
+    86: Gpu(shared_memory=101376, multiprocessors=84, capability=86),  # A10, A40, RTX 3090
+    89: Gpu(shared_memory=101376, multiprocessors=142, capability=89),  # L40, RTX 4090
+    90: Gpu(shared_memory=232448, multiprocessors=132, capability=90),  # H100, H200
+    100: Gpu(shared_memory=232448, multiprocessors=148, capability=100),  # B200
 }
 # No GPU: the interpreter. Its few processors have keys split between them now and then.
-NO_GPU = Gpu(shared_memory=0, multiprocessors=INTERPRETED_PROCESSORS)
+NO_GPU = Gpu(shared_memory=0, multiprocessors=INTERPRETED_PROCESSORS, capability=0)
 
 
 @cache
@@ -47,22 +48,8 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu(
         shared_memory=found.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         multiprocessors=found.multi_processor_count,
+        capability=10 * found.major + found.minor,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """Rows (block_m) and keys (block_n) of a tile, and what computes it."""
-
-    block_m: int
-    block_n: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-    @property
-    def options(self) -> dict[str, int]:
-        """As options of a launch."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +109,7 @@ def forward_tiles(kind: Kind, rows: int, keys: int) -> Tiles:
     """Of forward: block_m rows of q stay, block_n keys pass by."""
     if kind.gpu is NO_GPU:
         return _interpreted(rows, keys)
-    tiles = _FORWARD[kind.itemsize][kind.widest]
+    tiles = _found(FORWARD, kind, rows)
     for few in (16, 64):
         if rows <= few < tiles.block_m:
             tiles = replace(tiles, block_m=few, num_warps=4)
@@ -134,21 +121,30 @@ def keys_tiles(kind: Kind, rows: int, keys: int) -> Tiles:
     """Of dK and dV: block_n keys stay, block_m rows of q and dO pass by."""
     if kind.gpu is NO_GPU:
         return _interpreted(rows, keys)
-    return _fitting(_KEYS[kind.itemsize][kind.widest], kind, "block_n", kind.both, scores=True)
+    return _fitting(_found(KEYS, kind, rows), kind, "block_n", kind.both, scores=True)
 
 
 def queries_tiles(kind: Kind, rows: int, keys: int) -> Tiles:
     """Of dQ: block_m rows of q and dO stay, block_n keys pass by."""
     if kind.gpu is NO_GPU:
         return _interpreted(rows, keys)
-    return _fitting(_QUERIES[kind.itemsize][kind.widest], kind, "block_m", kind.both, scores=True)
+    return _fitting(_found(QUERIES, kind, rows), kind, "block_m", kind.both, scores=True)
 
 
 def bias_tiles(kind: Kind, rows: int, keys: int) -> Tiles:
     """Of dBias, a tile of which stays."""
     if kind.gpu is NO_GPU:
         return _interpreted(rows, keys)
-    return _fitting(_BIAS[kind.itemsize], kind, "block_m", kind.both)
+    return _fitting(_found(BIAS, kind, rows), kind, "block_m", kind.both)
+
+
+def hopper_tiles(direction: str, kind: Kind, rows: int) -> HopperTiles | None:
+    """Of the kernels for Hopper, None where the table has none."""
+    found = tiles_table.find(
+        HOPPER, direction, kind.gpu.capability, kind.itemsize, kind.widest, rows
+    )
+    assert found is None or isinstance(found, HopperTiles)
+    return found
 
 
 def v1_tiles(kind: Kind, rows: int, keys: int) -> Tiles:
@@ -167,6 +163,15 @@ def rows_tiles(gpu: Gpu, rows: int) -> Tiles:
 def elementwise_tiles(gpu: Gpu, rows: int, keys: int) -> Tiles:
     """Of kernels that compute one element after the other."""
     return _interpreted(rows, keys) if gpu is NO_GPU else Tiles(block_m=64, block_n=64)
+
+
+def _found(direction: str, kind: Kind, rows: int) -> Tiles:
+    """What the table says."""
+    found = tiles_table.find(
+        POINTERS, direction, kind.gpu.capability, kind.itemsize, kind.widest, rows
+    )
+    assert isinstance(found, Tiles)
+    return found
 
 
 def _interpreted(rows: int, keys: int) -> Tiles:
@@ -203,54 +208,3 @@ def _fitting(tiles: Tiles, kind: Kind, stays: str, columns: int, *, scores: bool
 
 SMALLEST_BLOCK = 16
 WIDTHS = (16, 32, 64, 128, 256)
-Table = Mapping[int, Mapping[int, Tiles]]  # by bytes of an element, then by the widest head_dim
-
-
-def _table(two: Mapping[int, Tiles], four: Mapping[int, Tiles]) -> Table:
-    """Tiles for every width, from those of the widths up to which they are."""
-    return {
-        itemsize: {width: by_width[min(w for w in by_width if w >= width)] for width in WIDTHS}
-        for itemsize, by_width in ((2, two), (4, four))
-    }
-
-
-_FORWARD = _table(
-    {
-        64: Tiles(block_m=128, block_n=128, num_warps=8, num_stages=3),
-        128: Tiles(block_m=128, block_n=64, num_warps=8, num_stages=3),
-        256: Tiles(block_m=128, block_n=64, num_warps=8, num_stages=2),
-    },
-    {
-        64: Tiles(block_m=64, block_n=32, num_stages=2),
-        128: Tiles(block_m=32, block_n=32),
-        256: Tiles(block_m=32, block_n=16),
-    },
-)
-_KEYS = _table(
-    {
-        64: Tiles(block_m=64, block_n=128, num_warps=8, num_stages=2),
-        128: Tiles(block_m=64, block_n=128, num_warps=8, num_stages=3),
-        256: Tiles(block_m=32, block_n=64, num_warps=8),
-    },
-    {
-        64: Tiles(block_m=32, block_n=32),
-        128: Tiles(block_m=16, block_n=32),
-        256: Tiles(block_m=16, block_n=16),
-    },
-)
-_QUERIES = _table(
-    {
-        64: Tiles(block_m=128, block_n=64, num_warps=8, num_stages=3),
-        128: Tiles(block_m=128, block_n=64, num_warps=8, num_stages=3),
-        256: Tiles(block_m=64, block_n=32, num_warps=8),
-    },
-    {
-        64: Tiles(block_m=32, block_n=32),
-        128: Tiles(block_m=32, block_n=16),
-        256: Tiles(block_m=16, block_n=16),
-    },
-)
-_BIAS = {
-    2: Tiles(block_m=64, block_n=64, num_warps=8),
-    4: Tiles(block_m=32, block_n=16),
-}

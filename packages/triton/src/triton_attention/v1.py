@@ -13,7 +13,8 @@ from .kernels.tensors import matrix, vector
 from .kernels.v1_backward import backward
 from .kernels.v1_forward import forward
 from .launch import Launch, Result, device_of
-from .tiles import PRODUCTS, Kind, Tiles, gpu_of, padded, v1_tiles
+from .tiles import PRODUCTS, Gpu, Kind, gpu_of, padded, v1_tiles
+from .tiles_table import Tiles
 
 
 def attention(
@@ -36,12 +37,15 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def forward_launch(x: Arguments, tiles: Tiles | None = None) -> Result:
-    """The launch that makes out (B, Hq, Sq, Dv), l and m (B, Hq, Sq), all fp32."""
+def forward_launch(x: Arguments, tiles: Tiles | None = None, gpu: Gpu | None = None) -> Result:
+    """The launch that makes out (B, Hq, Sq, Dv), l and m (B, Hq, Sq), all fp32.
+
+    ``gpu``: that the tiles are for, None for the one that q is on.
+    """
     shape = (*x.q.shape[:3], x.head_dim_v)
     out = x.q.new_empty(shape, dtype=torch.float32)
     l, m = (out.new_empty(shape[:-1]) for _ in range(2))
-    tiles = tiles or v1_tiles(_kind(x), x.seqlen_q, x.seqlen_k)
+    tiles = tiles or v1_tiles(_kind(x, gpu), x.seqlen_q, x.seqlen_k)
     launch = Launch(
         kernel=forward,
         grid=(x.heads_q * x.batches,),
@@ -57,11 +61,12 @@ def backward_launch(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     tiles: Tiles | None = None,
+    gpu: Gpu | None = None,
 ) -> Result:
     """The gradients of q (fp32), k and v, from what forward has left."""
     grad_q = torch.empty_like(x.q, dtype=torch.float32)
     grad_k, grad_v = torch.empty_like(x.k), torch.empty_like(x.v)
-    tiles = tiles or v1_tiles(_kind(x), x.seqlen_q, x.seqlen_k)
+    tiles = tiles or v1_tiles(_kind(x, gpu), x.seqlen_q, x.seqlen_k)
     own = {
         "grad_out": matrix(grad_out),
         "grad_lse": vector(grad_lse),
@@ -79,9 +84,9 @@ def backward_launch(
     return Result(launches=[launch], tensors={"q": grad_q, "k": grad_k, "v": grad_v})
 
 
-def _kind(x: Arguments) -> Kind:
+def _kind(x: Arguments, gpu: Gpu | None) -> Kind:
     return Kind(
-        gpu=gpu_of(x.q.device),
+        gpu=gpu or gpu_of(x.q.device),
         itemsize=x.q.element_size(),
         padded_dim=padded(x.head_dim),
         padded_dim_v=padded(x.head_dim_v),

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import operators, passes
 from .arguments import TENSORS, Arguments, Window
-from .launch import device_of
-from .v2_launches import Launches
+from .passes import DIFFERENTIABLE
 
 
 def attention(
@@ -34,6 +34,7 @@ def attention(
     max_seqlen_k: int | None = None,
     page_table: Tensor | None = None,
     dropout_p: float = 0.0,
+    num_splits: int | None = None,
     return_lse: bool = False,
     return_keep_mask: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
@@ -51,7 +52,9 @@ def attention(
     alibi_slopes: (Hq,) fp32, that have no gradient. mask: bool, True where visible, and bias: in
     the dtype of q, broadcast to (B, Hq, Sq, Sk). mask_rule: see ``triton_attention.kernels.masks``.
     sinks: (Hq,) fp32 logits that join the row sum. dropout_p: kept probabilities are divided by
-    1 - dropout_p; the seed comes from torch's generator of the device.
+    1 - dropout_p; the seed comes from torch's generator of the device. num_splits: parts of the
+    keys that are computed side by side and merged, 1 or more; None for as many as fill the device,
+    which depends on the batch.
 
     key_lengths: (B,) int32, keys that count, at most all there are. cu_seqlens_q and cu_seqlens_k:
     (sequences + 1,) int32, bounds of sequences packed into a batch of 1, with their longest lengths
@@ -61,46 +64,91 @@ def attention(
     Dv), and have no gradients.
 
     Raises ValueError, naming the argument, for what does not fit; RuntimeError where Triton cannot
-    run on the device of q. The backward pass gives the same bits every time.
+    run on the device of q. The backward pass gives the same bits every time. Within torch.compile
+    the call is that of an operator (``triton_attention.operators``); with a mask_rule, which none
+    takes, it breaks the graph.
     """
-    x = Arguments(
-        q=q,
-        k=k,
-        v=v,
-        scale=scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        mask=mask,
-        mask_rule=mask_rule,
-        bias=bias,
-        sinks=sinks,
-        key_lengths=key_lengths,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        page_table=page_table,
-        dropout_p=dropout_p,
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"num_splits={num_splits!r}: accepted is 1 or more, or None")
+    tensors = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "alibi_slopes": alibi_slopes,
+        "mask": mask,
+        "bias": bias,
+        "sinks": sinks,
+        "key_lengths": key_lengths,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "page_table": page_table,
+    }
+    options: dict[str, Any] = {
+        "scale": scale,
+        "causal": causal,
+        "window": window,
+        "softcap": softcap,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "dropout_p": dropout_p,
+    }
+    if not torch.compiler.is_compiling():
+        options["mask_rule"] = mask_rule
+        out, lse, kept = _plain(tensors, options, num_splits, return_keep_mask)
+    elif mask_rule is not None:
+        options["mask_rule"] = mask_rule
+        out, lse, kept = _outside_of_graphs(tensors, options, num_splits, return_keep_mask)
+    else:
+        out, lse, kept = _in_a_graph(tensors, options, num_splits, return_keep_mask)
+    if return_keep_mask:
+        return out, lse, kept  # type: ignore[return-value]
+    return (out, lse) if return_lse else out
+
+
+Results = tuple[Tensor, Tensor, Tensor | None]
+
+
+Tensors = dict[str, Tensor | None]  # those of ``TENSORS``, in their order
+
+
+def _plain(
+    tensors: Tensors, options: dict[str, Any], num_splits: int | None, keep_mask: bool
+) -> Results:
+    """A function of autograd alone: a call of an operator takes longer."""
+    x = Arguments(**tensors, **options)  # type: ignore[arg-type]
+    seed = _seed(x.q) if x.dropout_p else None
+    out, lse = _Attention.apply(  # type: ignore[no-untyped-call]
+        x.q, x.k, x.v, x.bias, x.sinks, x, seed, options, num_splits
     )
-    seed = None
-    if dropout_p:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-    out, lse = _Attention.apply(q, k, v, bias, sinks, x, seed)  # type: ignore[no-untyped-call]
-    if not return_lse and not return_keep_mask:
-        return out  # type: ignore[no-any-return]
-    if not return_keep_mask:
-        return out, lse
+    return out, lse, passes.keep_mask(x, seed) if keep_mask and seed is not None else None
+
+
+def _in_a_graph(
+    tensors: Tensors, options: dict[str, Any], num_splits: int | None, keep_mask: bool
+) -> Results:
+    """The same by operators."""
+    given = {name: value for name, value in options.items() if name != "window"}
+    given["window_left"], given["window_right"] = options["window"] or (None, None)
+    seed = _seed(tensors["q"]) if options["dropout_p"] else None  # type: ignore[arg-type]
+    out, lse = operators.attention(*tensors.values(), seed, num_splits=num_splits, **given)
     kept = None
-    if seed is not None:
-        with device_of(q):
-            kept = Launches(x, seed).keep_mask().run()["keep_mask"]
-    return out, lse, kept  # type: ignore[return-value]
+    if keep_mask and seed is not None:
+        kept = operators.keep_mask(*tensors.values(), seed, **given)
+    return out, lse, kept
+
+
+_outside_of_graphs = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    _plain, reason="mask_rule is a device function of Triton, which no operator takes"
+)
+
+
+def _seed(q: Tensor) -> Tensor:
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
 
 
 class _Attention(torch.autograd.Function):
-    """(q, k, v, bias, sinks, arguments, seed) -> (out, lse)."""
+    """(q, k, v, bias, sinks, arguments, seed, options, num_splits) -> (out, lse); ``options`` are
+    the arguments that are no tensors."""
 
     @staticmethod
     def forward(
@@ -112,14 +160,14 @@ class _Attention(torch.autograd.Function):
         sinks: Tensor | None,
         x: Arguments,
         seed: Tensor | None,
+        options: dict[str, Any],
+        num_splits: int | None,
     ) -> tuple[Tensor, Tensor]:
-        with device_of(q):
-            found = Launches(x, seed).forward().run()
-        out, lse = found["out"], found["lse"]
+        out, lse = passes.forward(x, seed, num_splits)
         ctx.set_materialize_grads(False)
         # All tensors are saved through autograd, and nowhere else: it then notices when one is
         # changed in place, frees them after backward, and may keep them in another place.
-        ctx.options = x.options()
+        ctx.options = options
         ctx.save_for_backward(seed, out, lse, *x.tensors())
         return out, lse
 
@@ -128,21 +176,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         seed, out, lse, *tensors = ctx.saved_tensors
         x = Arguments(**dict(zip(TENSORS, tensors, strict=True)), **ctx.options)
-        names = ("q", "k", "v", "bias", "sinks")
-        wanted = {n for n, need in zip(names, ctx.needs_input_grad, strict=False) if need}
-        if x.page_table is not None and wanted & {"k", "v"}:
-            raise NotImplementedError("k and v have no gradients where they are paged")
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        with device_of(x.q):
-            found = Launches(x, seed).backward(out, lse, grad_out, grad_lse, wanted).run()
-        if "sinks" in wanted and x.sinks is not None:
-            found["sinks"] = _sink_gradient(x.sinks, lse, found["delta"])
-        return (*(found.get(name) if name in wanted else None for name in names), None, None)
-
-
-def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """dSinks = sum over rows of P_sink (0 - delta): a sink is a key whose value is 0."""
-    share = torch.exp(sinks[:, None] - lse)  # (B, Hq, Sq)
-    # Rows behind the last sequence have no sink either, whatever comes in for them.
-    return -torch.where(lse == -torch.inf, 0.0, share * delta).sum((0, 2))
+        needed = zip(DIFFERENTIABLE, ctx.needs_input_grad, strict=False)
+        wanted = {name for name, need in needed if need}
+        found = passes.backward(x, seed, out, lse, grad_out, grad_lse, wanted)
+        return (*(found.get(name) for name in DIFFERENTIABLE), *(None,) * 4)

@@ -7,8 +7,10 @@ compiled for a GPU that is not there.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from . import tiles as choose
 from .arguments import Arguments
+from .hopper_launches import HOPPER, HopperLaunches, loadable, suits
 from .kernels.dropout import NO_DROPOUT, Dropout, keep_mask
 from .kernels.scores import Rule
 from .kernels.sequences import Sequences
@@ -25,34 +28,50 @@ from .kernels.v2_bias_gradient import bias_gradient
 from .kernels.v2_combine import combine
 from .kernels.v2_forward import Shape, forward
 from .launch import Launch, Result
-from .tiles import Tiles, padded, padded_dims
+from .tiles import padded, padded_dims
+from .tiles_table import DELTA, FORWARD, KEYS, QUERIES, HopperTiles, Tiles
 
 LOG2_E = math.log2(math.e)
 STRIDES = ("", "_batch", "_head", "_row", "_column")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Launches:
     """The launches of one call. ``seed``: of dropout, int64 (1,), on the device of q; ``gpu``: that
-    the tiles are for, None for the one that q is on."""
+    the tiles are for, None for the one that q is on; ``hopper``: whether the kernels for Hopper may
+    be chosen, which no call does before a GPU has judged them."""
 
     x: Arguments
     seed: Tensor | None = None
     gpu: choose.Gpu | None = None
+    hopper: bool = False
 
-    def forward(self, tiles: Tiles | None = None, splits: int | None = None) -> Result:
-        """out (B, Hq, Sq, Dv) in the dtype of q, and lse (B, Hq, Sq) fp32."""
+    def forward(
+        self, tiles: Tiles | HopperTiles | None = None, splits: int | None = None
+    ) -> Result:
+        """out (B, Hq, Sq, Dv) in the dtype of q, and lse (B, Hq, Sq) fp32.
+
+        tiles and splits that are not given are chosen.
+        """
         x = self.x
+        batch, heads, length, _ = x.q.shape
+        shape = (batch, heads, length, x.head_dim_v)
+        out, lse = x.q.new_empty(shape), x.q.new_empty(shape[:-1], dtype=torch.float32)
         pack = choose.packed_heads(x.group, x.seqlen_q)
         rows = x.seqlen_q * pack
-        tiles = tiles or choose.forward_tiles(self._kind, rows, x.seqlen_k)
+        hopper = tiles if isinstance(tiles, HopperTiles) else None
+        if not isinstance(tiles, Tiles):
+            if hopper is None:
+                hopper = self._hopper_tiles(FORWARD, rows)
+            tiles = choose.forward_tiles(self._kind, rows, x.seqlen_k)
         blocks = _ceil(rows, tiles.block_m)
         programs = blocks * (x.heads_q // pack) * x.batches
         if splits is None:
             splits = choose.splits(programs, x.seqlen_k, self._gpu)
-        batch, heads, length, _ = x.q.shape
-        shape = (batch, heads, length, x.head_dim_v)
-        out, lse = x.q.new_empty(shape), x.q.new_empty(shape[:-1], dtype=torch.float32)
+        if hopper is not None and splits == 1:
+            launch = self._hopper.forward(hopper, out, lse)
+            return Result(launches=[launch], tensors={"out": out, "lse": lse})
         found, found_lse = out, lse
         if splits > 1:
             found = out.new_empty((splits * batch, *shape[1:]), dtype=torch.float32)
@@ -81,9 +100,11 @@ class Launches:
                 pack,
             )
         ]
+        scratch = []
         if splits > 1:
             launches.append(self._combine(found, found_lse, out, lse, splits))
-        return Result(launches=launches, tensors={"out": out, "lse": lse})
+            scratch = [found, found_lse]
+        return Result(launches=launches, tensors={"out": out, "lse": lse}, scratch=scratch)
 
     def backward(
         self,
@@ -92,13 +113,20 @@ class Launches:
         grad_out: Tensor,
         grad_lse: Tensor | None,
         wanted: set[str],
-        tiles: Tiles | None = None,
+        tiles: Mapping[str, Tiles | HopperTiles] = NOTHING,
     ) -> Result:
         """Those gradients of q, k, v and bias that are ``wanted``, each in the dtype of its tensor,
-        and ``delta``, rowsum(dO * O) - dLSE, (B, Hq, Sq) fp32."""
+        and ``delta``, rowsum(dO * O) - dLSE, (B, Hq, Sq) fp32.
+
+        tiles: by pass; those that are not given are chosen.
+        """
         x = self.x
         deltas = torch.empty_like(lse, memory_format=torch.contiguous_format)
-        launches = [self._delta(out, grad_out, grad_lse, deltas, tiles)]
+        of_keys = tiles.get(KEYS) or self._hopper_tiles(KEYS, x.seqlen_q)
+        of_queries = tiles.get(QUERIES) or self._hopper_tiles(QUERIES, x.seqlen_q)
+        if HopperTiles in map(type, (of_keys, of_queries)) and not loadable(grad_out):
+            grad_out = grad_out.contiguous()
+        launches = [self._delta(out, grad_out, grad_lse, deltas, tiles.get(DELTA))]
         tensors = {"delta": deltas}
         saved: dict[str, Any] = {
             "q": matrix(x.q),
@@ -108,29 +136,38 @@ class Launches:
             "lse": lse.contiguous(),
             "deltas": deltas,
         }
+        for_hopper = {"grad_out": grad_out, "lse": saved["lse"], "deltas": deltas}
         lengths, packed = (x.seqlen_q, x.seqlen_k), x.cu_seqlens_q is not None
         if wanted & {"k", "v"}:
             # Keys beyond their lengths are not read, and get 0.
             new = torch.empty_like if x.key_lengths is None and not packed else torch.zeros_like
             grad_k, grad_v = new(x.k), new(x.v)
-            chosen = tiles or choose.keys_tiles(self._kind, *lengths)
-            blocks = _ceil(x.seqlen_k, chosen.block_n)
-            own: dict[str, Any] = {"grad_k": matrix(grad_k), "grad_v": matrix(grad_v)}
-            own |= {"heads": x.heads_kv, "blocks": blocks}
-            grid = blocks * x.heads_kv * x.batches
-            launches.append(self._launch(keys_and_values, grid, chosen, saved | own))
+            if isinstance(of_keys, HopperTiles):
+                launch = self._hopper.keys_and_values(of_keys, for_hopper, grad_k, grad_v)
+            else:
+                chosen = of_keys or choose.keys_tiles(self._kind, *lengths)
+                blocks = _ceil(x.seqlen_k, chosen.block_n)
+                own: dict[str, Any] = {"grad_k": matrix(grad_k), "grad_v": matrix(grad_v)}
+                own |= {"heads": x.heads_kv, "blocks": blocks}
+                grid = blocks * x.heads_kv * x.batches
+                launch = self._launch(keys_and_values, grid, chosen, saved | own)
+            launches.append(launch)
             tensors |= {"k": grad_k, "v": grad_v}
         if "q" in wanted:
             grad_q = (torch.zeros_like if packed else torch.empty_like)(x.q)
-            chosen = tiles or choose.queries_tiles(self._kind, *lengths)
-            blocks = _ceil(x.seqlen_q, chosen.block_m)
-            own = {"grad_q": matrix(grad_q), "heads": x.heads_q, "blocks": blocks}
-            grid = blocks * x.heads_q * x.batches
-            launches.append(self._launch(queries, grid, chosen, saved | own))
+            if isinstance(of_queries, HopperTiles):
+                launch = self._hopper.queries(of_queries, for_hopper, grad_q)
+            else:
+                chosen = of_queries or choose.queries_tiles(self._kind, *lengths)
+                blocks = _ceil(x.seqlen_q, chosen.block_m)
+                own = {"grad_q": matrix(grad_q), "heads": x.heads_q, "blocks": blocks}
+                grid = blocks * x.heads_q * x.batches
+                launch = self._launch(queries, grid, chosen, saved | own)
+            launches.append(launch)
             tensors["q"] = grad_q
         if "bias" in wanted:
             assert x.bias is not None
-            chosen = tiles or choose.bias_tiles(self._kind, *lengths)
+            chosen = choose.bias_tiles(self._kind, *lengths)
             grad_bias = torch.zeros_like(x.bias)
             launches.append(self._bias_gradient(grad_bias, chosen, saved))
             tensors["bias"] = grad_bias
@@ -225,10 +262,11 @@ class Launches:
         grad_out: Tensor,
         grad_lse: Tensor | None,
         deltas: Tensor,
-        tiles: Tiles | None,
+        tiles: Tiles | HopperTiles | None,
     ) -> Launch:
         batch, heads, rows, width = out.shape
-        tiles = tiles or choose.rows_tiles(self._gpu, rows)
+        if not isinstance(tiles, Tiles):
+            tiles = choose.rows_tiles(self._gpu, rows)
         blocks = _ceil(rows, tiles.block_m)
         return Launch(
             kernel=delta,
@@ -289,6 +327,16 @@ class Launches:
             block_n=tiles.block_n,
             rule_key=getattr(x.mask_rule, "cache_key", None),
         )
+
+    def _hopper_tiles(self, direction: str, rows: int) -> HopperTiles | None:
+        """Those of the kernels for Hopper, None where they are not for this call."""
+        if not self.hopper or self._gpu.capability != HOPPER or not suits(self.x):
+            return None
+        return choose.hopper_tiles(direction, self._kind, rows)
+
+    @cached_property
+    def _hopper(self) -> HopperLaunches:
+        return HopperLaunches(self.x, LOG2_E * self.x.softmax_scale)
 
     @cached_property
     def _gpu(self) -> choose.Gpu:

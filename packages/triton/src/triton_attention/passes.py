@@ -1,0 +1,90 @@
+"""The forward and the backward pass of V2 on checked arguments, run: what the plain function and
+the operators share."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from . import plans
+from .arguments import Arguments
+from .launch import device_of
+from .v2_launches import Launches
+
+FORWARD, BACKWARD = "forward", "backward"
+DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
+
+
+def forward(x: Arguments, seed: Tensor | None, splits: int | None = None) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq); ``splits``: of the keys, None for V2's own rule."""
+    with device_of(x.q):
+        launches = Launches(x, seed)
+        if _plain(x):
+            rest = (FORWARD, splits, *_options(x))
+            found = plans.run((x.q, x.k, x.v), rest, lambda: launches.forward(splits=splits))
+        else:
+            found = launches.forward(splits=splits).run()
+    return found["out"], found["lse"]
+
+
+def backward(
+    x: Arguments,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    wanted: set[str],
+) -> dict[str, Tensor]:
+    """The gradients that are ``wanted``, some of ``DIFFERENTIABLE``, by name."""
+    refuse_gradients(x.page_table, wanted)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    given = (out, lse, grad_out, grad_lse, wanted)
+    with device_of(x.q):
+        launches = Launches(x, seed)
+        if _plain(x) and grad_lse is None:
+            rest = (BACKWARD, *sorted(wanted), *_options(x))
+            inputs = (x.q, x.k, x.v, out, lse, grad_out)
+            found = plans.run(inputs, rest, lambda: launches.backward(*given))
+        else:
+            found = launches.backward(*given).run()
+    if "sinks" in wanted and x.sinks is not None:
+        found["sinks"] = _sink_gradient(x.sinks, lse, found["delta"])
+    return {name: found[name] for name in DIFFERENTIABLE if name in wanted}
+
+
+def keep_mask(x: Arguments, seed: Tensor) -> Tensor:
+    """What dropout keeps, bool (B, Hq, Sq, Sk)."""
+    with device_of(x.q):
+        return Launches(x, seed).keep_mask().run()["keep_mask"]
+
+
+def _plain(x: Arguments) -> bool:
+    """Whether q, k and v are all that a pass reads, and all else are numbers."""
+    return (
+        not x.dropout_p
+        and x.mask_rule is None
+        and x.max_seqlen_q is x.max_seqlen_k is None
+        and all(tensor is None for tensor in x.tensors()[3:])
+    )
+
+
+def _options(x: Arguments) -> tuple[Hashable, ...]:
+    """Those numbers."""
+    return x.scale, x.causal, tuple(x.window or ()), x.softcap
+
+
+def refuse_gradients(page_table: Tensor | None, wanted: set[str]) -> None:
+    """NotImplementedError for gradients that V2 does not compute."""
+    if page_table is not None and wanted & {"k", "v"}:
+        raise NotImplementedError("k and v have no gradients where they are paged")
+
+
+def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """dSinks = sum over rows of P_sink (0 - delta): a sink is a key whose value is 0."""
+    share = torch.exp(sinks[:, None] - lse)  # (B, Hq, Sq)
+    # Rows behind the last sequence have no sink either, whatever comes in for them.
+    return -torch.where(lse == -torch.inf, 0.0, share * delta).sum((0, 2))
