@@ -9,6 +9,7 @@ import torch
 from triton_attention import attention, plans
 from triton_attention.arguments import Arguments
 from triton_attention.launch import Result
+from triton_attention.tiles import GPUS
 from triton_attention.v2_launches import Launches
 
 
@@ -201,3 +202,21 @@ def test_a_call_that_is_wrong_fails_each_time(device):
     for _ in range(2):
         with pytest.raises(ValueError, match="window"):
             attention(q, k, v, window=(-1, 0))
+
+
+def test_a_descriptor_is_made_of_the_tensor_at_hand():
+    arguments = dict(zip("qkv", (torch.randn(1, 2, 64, 64).half() for _ in "qkv"), strict=True))
+    hopper = Launches(Arguments(**arguments), gpu=GPUS[90], hopper=True).forward(splits=1)
+    described = hopper.launches[0].arguments["k"]
+    make = plans._maker(described, [arguments["q"], arguments["k"]])
+    others = [torch.randn(1, 2, 64, 64).half() for _ in range(2)]
+    made = make(others)
+    assert made.base is others[1]
+    assert (made.shape, made.strides, made.block_shape, made.layout) == (
+        described.shape,
+        described.strides,
+        described.block_shape,
+        described.layout,
+    )
+    assert described.base is arguments["k"]
+    assert plans._maker(described, [arguments["q"]]) is None

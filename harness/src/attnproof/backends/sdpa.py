@@ -37,8 +37,6 @@ from .by_device import ByDevice
 Call = Callable[[Inputs, Problem], Attention]
 
 _dispatched = partial(signature.call, scaled_dot_product_attention, signature.CONTRACT)
-
-
 _prepared = partial(signature.prepare, scaled_dot_product_attention, signature.CONTRACT)
 
 

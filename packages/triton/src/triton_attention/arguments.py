@@ -129,6 +129,25 @@ class Arguments:
             right = 0 if right is None else min(right, 0)
         return left, right
 
+    @property
+    def positions(self) -> dict[str, int]:
+        """What kernels are told of lengths and the band, by the names of their parameters."""
+        left, right = self.band
+        return {
+            "seqlen_q": self.seqlen_q,
+            "seqlen_k": self.seqlen_k,
+            "bottom_right": int(self.causal != "top-left"),
+            "left": left or 0,
+            "right": right or 0,
+            "group": self.group,
+        }
+
+    @property
+    def plain(self) -> bool:
+        """Whether q, k and v are all that is read; all else are numbers, and nothing is random."""
+        others = self.tensors()[3:]
+        return not self.dropout_p and self.mask_rule is None and all(t is None for t in others)
+
 
 def complaints(x: Arguments) -> Iterator[str]:
     """Every way in which the arguments do not fit each other, as sentences."""

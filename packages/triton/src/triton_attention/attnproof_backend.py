@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,28 +61,20 @@ class TritonBackend:
 
     def attention(self, inputs: Inputs, problem: Problem) -> Attention:
         """out, lse and, with dropout, the keep_mask."""
-        arguments: dict[str, Any] = {"scale": problem.scale, "causal": problem.causal}
-        arguments["return_lse"] = True
+        call = self._call(inputs, problem)
         if self.name == "triton-v1":
-            from .v1 import attention as v1
-
-            out, lse = v1(inputs.q, inputs.k, inputs.v, **arguments)
+            out, lse = call(return_lse=True)
             return Attention(out=out, lse=lse)
-        from .v2 import attention as v2
-
-        found = v2(
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            **arguments,
-            **_v2_arguments(inputs, problem),
-            return_keep_mask=True,
-        )
-        out, lse, keep_mask = found
+        out, lse, keep_mask = call(return_lse=True, return_keep_mask=True)
         return Attention(out=out, lse=lse, keep_mask=keep_mask)
 
     def prepare(self, inputs: Inputs, problem: Problem) -> Callable[[], Attention]:
         """The call that a benchmark times: for out alone, the lengths made once."""
+        call = self._call(inputs, problem)
+        return lambda: Attention(out=call())
+
+    def _call(self, inputs: Inputs, problem: Problem) -> Callable[..., Any]:
+        """The function of this version with the arguments that a problem comes to."""
         arguments: dict[str, Any] = {"scale": problem.scale, "causal": problem.causal}
         function: Callable[..., Any]
         if self.name == "triton-v1":
@@ -90,7 +83,7 @@ class TritonBackend:
             from .v2 import attention as function
 
             arguments |= _v2_arguments(inputs, problem)
-        return lambda: Attention(out=function(inputs.q, inputs.k, inputs.v, **arguments))
+        return partial(function, inputs.q, inputs.k, inputs.v, **arguments)
 
 
 def _v2_arguments(inputs: Inputs, problem: Problem) -> dict[str, Any]:

@@ -27,19 +27,9 @@ LAUNCH_OPTIONS = {"num_warps": 4, "num_stages": 1}
 
 def suits(x: Arguments) -> bool:
     """Whether the kernels compute this: dense sequences with a band, in 16 bits, that TMA loads."""
-    plain = (
-        x.softcap == 0
-        and x.dropout_p == 0
-        and all(
-            tensor is None
-            for tensor in (
-                x.mask, x.mask_rule, x.bias, x.alibi_slopes, x.sinks,
-                x.key_lengths, x.cu_seqlens_q, x.cu_seqlens_k, x.page_table,
-            )
-        )
-    )  # fmt: skip
     return (
-        plain
+        x.plain
+        and not x.softcap
         and x.q.dtype in DTYPES
         and x.softmax_scale > 0
         and min(x.head_dim, x.head_dim_v) >= NARROWEST
@@ -129,12 +119,7 @@ class HopperLaunches:
             arguments={
                 **tensors,
                 "unit": self.unit,
-                "seqlen_q": x.seqlen_q,
-                "seqlen_k": x.seqlen_k,
-                "bottom_right": int(x.causal != "top-left"),
-                "left": left or 0,
-                "right": right or 0,
-                "group": x.group,
+                **x.positions,
                 "heads": heads,
                 "blocks": blocks,
                 "shape": HopperShape(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import plans
 from .arguments import Arguments
-from .launch import device_of
+from .launch import Result, device_of
 from .v2_launches import Launches
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -19,13 +19,15 @@ DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
 
 def forward(x: Arguments, seed: Tensor | None, splits: int | None = None) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq); ``splits``: of the keys, None for V2's own rule."""
+
+    def make() -> Result:
+        return Launches(x, seed).forward(splits=splits)
+
     with device_of(x.q):
-        launches = Launches(x, seed)
-        if _plain(x):
-            rest = (FORWARD, splits, *_options(x))
-            found = plans.run((x.q, x.k, x.v), rest, lambda: launches.forward(splits=splits))
+        if x.plain:
+            found = plans.run((x.q, x.k, x.v), (FORWARD, splits, *_options(x)), make)
         else:
-            found = launches.forward(splits=splits).run()
+            found = make().run()
     return found["out"], found["lse"]
 
 
@@ -42,15 +44,17 @@ def backward(
     refuse_gradients(x.page_table, wanted)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    given = (out, lse, grad_out, grad_lse, wanted)
+    incoming = grad_out
+
+    def make() -> Result:
+        return Launches(x, seed).backward(out, lse, incoming, grad_lse, wanted)
+
     with device_of(x.q):
-        launches = Launches(x, seed)
-        if _plain(x) and grad_lse is None:
+        if x.plain and grad_lse is None:
             rest = (BACKWARD, *sorted(wanted), *_options(x))
-            inputs = (x.q, x.k, x.v, out, lse, grad_out)
-            found = plans.run(inputs, rest, lambda: launches.backward(*given))
+            found = plans.run((x.q, x.k, x.v, out, lse, grad_out), rest, make)
         else:
-            found = launches.backward(*given).run()
+            found = make().run()
     if "sinks" in wanted and x.sinks is not None:
         found["sinks"] = _sink_gradient(x.sinks, lse, found["delta"])
     return {name: found[name] for name in DIFFERENTIABLE if name in wanted}
@@ -62,18 +66,8 @@ def keep_mask(x: Arguments, seed: Tensor) -> Tensor:
         return Launches(x, seed).keep_mask().run()["keep_mask"]
 
 
-def _plain(x: Arguments) -> bool:
-    """Whether q, k and v are all that a pass reads, and all else are numbers."""
-    return (
-        not x.dropout_p
-        and x.mask_rule is None
-        and x.max_seqlen_q is x.max_seqlen_k is None
-        and all(tensor is None for tensor in x.tensors()[3:])
-    )
-
-
 def _options(x: Arguments) -> tuple[Hashable, ...]:
-    """Those numbers."""
+    """The numbers that a plain call has beside its tensors."""
     return x.scale, x.causal, tuple(x.window or ()), x.softcap
 
 

@@ -8,7 +8,7 @@ whether they are aligned, which is what Triton compiles a kernel for.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -91,47 +91,45 @@ def _plan(result: Result, handles: Sequence[Any], inputs: Sequence[Tensor]) -> P
     """None where a launch has a tensor that is of no known origin."""
     written = [*result.tensors.values(), *result.scratch]
     known = [*inputs, *(tensor for tensor in written if not _index(inputs, tensor))]
-    new = [partial(_empty_like, *_empty(tensor)) for tensor in known[len(inputs) :]]
-    names = {}
-    for name, tensor in result.tensors.items():
-        (names[name],) = _index(known, tensor)
     steps = []
     for launch, handle in zip(result.launches, handles, strict=True):
-        slots = list(_slots(launch, known))
-        if any(make is None for _, make in slots):
-            return None
-        positions = {position for position, _ in slots}
         order = list(launch.arguments) if handle is None else launch.kernel.arg_names
-        values = [None if name in positions else launch.arguments[name] for name in order]
-        at = {name: position for position, name in enumerate(order)}
-        steps.append(
-            _Step(
-                _launcher(launch, handle, order),
-                values,
-                [(at[name], make) for name, make in slots if make is not None],
-            )
-        )
-    return Plan(steps, new, names)
+        values, slots = [launch.arguments[name] for name in order], []
+        for position, value in enumerate(values):
+            if not _held(value):
+                continue
+            make = _maker(value, known)
+            if make is None:
+                return None
+            values[position] = None
+            slots.append((position, make))
+        steps.append(_Step(_launcher(launch, handle, order), values, slots))
+    names = {name: _index(known, tensor)[0] for name, tensor in result.tensors.items()}
+    return Plan(steps, [_allocation(tensor) for tensor in known[len(inputs) :]], names)
 
 
-def _slots(launch: Launch, known: Sequence[Tensor]) -> Iterator[tuple[str, Make | None]]:
-    """The arguments of a launch that hold a tensor, and how each is made; None where it is not one
-    of those that are known."""
-    for name, value in launch.arguments.items():
-        if isinstance(value, Tensor):
-            found = _index(known, value)
-            yield name, partial(_take, found[0]) if found else None
-        elif isinstance(value, TensorDescriptor):
-            found = _index(known, value.base)
-            empty = copy.copy(value)
-            empty.base = None
-            yield name, partial(_describe, empty, found[0]) if found else None
-        elif isinstance(value, tuple) and any(isinstance(item, Tensor) for item in value):
-            head, *tail = value
-            found = _index(known, head)
-            if any(isinstance(item, Tensor) for item in tail):
-                found = []
-            yield name, partial(_tuple, type(value), found[0], tuple(tail)) if found else None
+def _held(value: Any) -> list[Tensor]:
+    """The tensors that an argument holds: itself, that of a descriptor, or those of a tuple."""
+    items = value if isinstance(value, tuple) else (getattr(value, "base", value),)
+    return [item for item in items if isinstance(item, Tensor)]
+
+
+def _maker(value: Any, known: Sequence[Tensor]) -> Make | None:
+    """How an argument that holds tensors is made of others like those that are ``known``; None
+    where it holds an unknown one, or another than one, at the head of a tuple."""
+    held = _held(value)
+    found = _index(known, held[0])
+    if len(held) > 1 or not found:
+        return None
+    (index,) = found
+    if isinstance(value, Tensor):
+        return partial(_take, index)
+    if isinstance(value, TensorDescriptor):
+        empty = copy.copy(value)
+        empty.base = None
+        return partial(_describe, empty, index)
+    head, *tail = value
+    return partial(_tuple, type(value), index, tuple(tail)) if isinstance(head, Tensor) else None
 
 
 def _index(tensors: Sequence[Tensor], wanted: Any) -> list[int]:
@@ -153,14 +151,10 @@ def _tuple(kind: Any, index: int, tail: tuple[Any, ...], tensors: Sequence[Tenso
     return kind(tensors[index], *tail)
 
 
-def _empty(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
-
-
-def _empty_like(
-    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+def _allocation(tensor: Tensor) -> Callable[[], Tensor]:
+    """Allocates one of that form."""
+    shape, stride = tuple(tensor.shape), tensor.stride()
+    return partial(torch.empty_strided, shape, stride, dtype=tensor.dtype, device=tensor.device)
 
 
 def _launcher(launch: Launch, handle: Any, names: Sequence[str]) -> Callable[..., None]:

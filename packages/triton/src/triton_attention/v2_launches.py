@@ -60,10 +60,9 @@ class Launches:
         out, lse = x.q.new_empty(shape), x.q.new_empty(shape[:-1], dtype=torch.float32)
         pack = choose.packed_heads(x.group, x.seqlen_q)
         rows = x.seqlen_q * pack
-        hopper = tiles if isinstance(tiles, HopperTiles) else None
+        hopper = None
         if not isinstance(tiles, Tiles):
-            if hopper is None:
-                hopper = self._hopper_tiles(FORWARD, rows)
+            hopper = tiles or self._hopper_tiles(FORWARD, rows)
             tiles = choose.forward_tiles(self._kind, rows, x.seqlen_k)
         blocks = _ceil(rows, tiles.block_m)
         programs = blocks * (x.heads_q // pack) * x.batches
@@ -234,7 +233,6 @@ class Launches:
     ) -> Launch:
         """A launch of a kernel that computes scores: what all of them take joins ``arguments``."""
         x = self.x
-        left, right = x.band
         return Launch(
             kernel=kernel,
             grid=(programs,),
@@ -243,12 +241,7 @@ class Launches:
                 "sequences": self._sequences,
                 "dropout": self._dropout,
                 "lse_rows": x.q.shape[2],
-                "seqlen_q": x.seqlen_q,
-                "seqlen_k": x.seqlen_k,
-                "bottom_right": int(x.causal != "top-left"),
-                "left": left or 0,
-                "right": right or 0,
-                "group": x.group,
+                **x.positions,
                 "shape": self._shape(tiles, pack),
                 "MASK_RULE": x.mask_rule,
                 **arguments,

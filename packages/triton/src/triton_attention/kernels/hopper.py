@@ -19,6 +19,8 @@ from .sequences import Place
 
 ROWS = gl.constexpr(64)  # that a warpgroup multiplies at a time
 LOADER_REGISTERS = gl.constexpr(24)
+# What does not make code better when it is known to be 1 or a multiple of 16.
+SIZES = ["seqlen_q", "seqlen_k", "bottom_right", "left", "right", "group", "heads", "blocks"]
 
 
 class Ring(NamedTuple):
@@ -45,6 +47,12 @@ class HopperShape(NamedTuple):
 def consumer_registers(consumers):
     """Registers of a consumer's thread, of the 65,536 of a multiprocessor."""
     return {1: 240, 2: 240, 3: 160}[consumers]
+
+
+@gluon.constexpr_function
+def products_layout(columns):
+    """The layout of products with so many columns: 64 rows over the warps of a warpgroup."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.jit

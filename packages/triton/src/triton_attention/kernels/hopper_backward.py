@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .hopper import (
     LOADER_REGISTERS,
     ROWS,
+    SIZES,
     arrived,
     consumer_registers,
     dense,
@@ -30,6 +31,7 @@ from .hopper import (
     load_next,
     load_resident,
     matrix_of,
+    products_layout,
     queries_seeing,
     query_tiles,
     release,
@@ -39,11 +41,9 @@ from .hopper import (
 )
 
 LOG2_E = gl.constexpr(1.4426950408889634)
-SIZES = ["seqlen_q", "seqlen_k", "bottom_right", "left", "right", "group", "heads", "blocks"]
-SIZES += ["grad_q_columns", "grad_k_columns", "grad_v_columns"]
 
 
-@gluon.jit(do_not_specialize=SIZES)
+@gluon.jit(do_not_specialize=[*SIZES, "grad_k_columns", "grad_v_columns"])
 def keys_and_values(
     q, k, v, grad_out, lse, deltas,
     grad_k, grad_k_batch, grad_k_head, grad_k_row, grad_k_columns,
@@ -121,8 +121,8 @@ def own_keys(told, PART: gl.constexpr, shape: gl.constexpr):
         own_k, own_v, queries_there, grads_there, lse, deltas, to_k, to_v, entry, kv_head,
         group, heads, first, span, place, scale, unit,
     ) = told  # fmt: skip
-    k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.padded_dim, 16])
-    v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.padded_dim_v, 16])
+    k_layout: gl.constexpr = products_layout(shape.padded_dim)
+    v_layout: gl.constexpr = products_layout(shape.padded_dim_v)
     dk = gl.full([ROWS, shape.padded_dim], 0.0, gl.float32, k_layout)
     dv = gl.full([ROWS, shape.padded_dim_v], 0.0, gl.float32, v_layout)
     begin, whole, edge, end = span
@@ -131,7 +131,7 @@ def own_keys(told, PART: gl.constexpr, shape: gl.constexpr):
     mbarrier.wait(own_v.full, 0)
     tiles = (matrix_of(own_k.tiles.index(PART)), matrix_of(own_v.tiles.index(PART)))
     rings = (queries_there, grads_there)
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.passing, 16])
+    layout: gl.constexpr = products_layout(shape.passing)
     j = key + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     seeing = queries_seeing(j, place, shape)
     for member in range(group):
@@ -170,7 +170,7 @@ def over_rows(
     MASKED: gl.constexpr, shape: gl.constexpr,
 ):  # fmt: skip
     """What the tiles begin to end of rows of one head add."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.passing, 16])
+    layout: gl.constexpr = products_layout(shape.passing)
     columns: gl.constexpr = gl.SliceLayout(0, layout)
     k_tile, v_tile = tiles
     queries_there, grads_there = rings
@@ -225,7 +225,7 @@ def delta_of(start, i, rows, MASKED: gl.constexpr):
     return found
 
 
-@gluon.jit(do_not_specialize=SIZES)
+@gluon.jit(do_not_specialize=[*SIZES, "grad_q_columns"])
 def queries(
     q, k, v, grad_out, lse, deltas,
     grad_q, grad_q_batch, grad_q_head, grad_q_row, grad_q_columns,
@@ -299,8 +299,8 @@ def own_rows(told, PART: gl.constexpr, shape: gl.constexpr):
         own_q, own_g, keys_there, values_there, lse, deltas, to_q, entry, head,
         first, span, place, scale, unit,
     ) = told  # fmt: skip
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.passing, 16])
-    q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.padded_dim, 16])
+    layout: gl.constexpr = products_layout(shape.passing)
+    q_layout: gl.constexpr = products_layout(shape.padded_dim)
     dq = gl.full([ROWS, shape.padded_dim], 0.0, gl.float32, q_layout)
     begin, whole, edge, end = span
     row = first + PART * ROWS
@@ -324,7 +324,7 @@ def over_keys(
     MASKED: gl.constexpr, shape: gl.constexpr,
 ):  # fmt: skip
     """What the tiles begin to end of keys add to dQ."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.passing, 16])
+    layout: gl.constexpr = products_layout(shape.passing)
     q_tile, g_tile = tiles
     keys_there, values_there = rings
     row_lse, row_delta = vectors

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .hopper import (
     LOADER_REGISTERS,
     ROWS,
+    SIZES,
     arrived,
     consumer_registers,
     dense,
@@ -29,6 +30,7 @@ from .hopper import (
     load_next,
     load_resident,
     matrix_of,
+    products_layout,
     release,
     resident,
     ring,
@@ -36,11 +38,9 @@ from .hopper import (
 )
 
 LN_2 = gl.constexpr(0.6931471805599453)
-SIZES = ["seqlen_q", "seqlen_k", "bottom_right", "left", "right", "group", "heads", "blocks"]
-SIZES += ["out_columns"]
 
 
-@gluon.jit(do_not_specialize=SIZES)
+@gluon.jit(do_not_specialize=[*SIZES, "out_columns"])
 def forward(
     q, k, v, out, out_batch, out_head, out_row, out_columns, lse, unit,
     seqlen_q, seqlen_k, bottom_right, left, right, group, heads, blocks, shape: gl.constexpr,
@@ -63,6 +63,7 @@ def forward(
     fence_async_shared()
     target = (out, out_batch, out_head, out_row, out_columns)
     told = (own, keys, values, target, lse, entry, head, heads, first, span, place, unit)
+    # Triton 3.6 takes these functions by their names alone: each kernel has a copy of the branches.
     registers: gl.constexpr = consumer_registers(shape.consumers)
     loads = (q, k, v, own, keys, values, entry, head, head // group, first, span)
     if shape.consumers == 1:
@@ -102,8 +103,8 @@ def load(loads, shape: gl.constexpr):
 def multiply(told, PART: gl.constexpr, shape: gl.constexpr):
     """What a consumer does: 64 rows, all keys that they see."""
     own, keys, values, target, lse, entry, head, heads, first, span, place, unit = told
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.passing, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.padded_dim_v, 16])
+    s_layout: gl.constexpr = products_layout(shape.passing)
+    o_layout: gl.constexpr = products_layout(shape.padded_dim_v)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     dtype: gl.constexpr = own.tiles.dtype
@@ -169,7 +170,7 @@ def walk(
 @gluon.jit
 def products(q_tile, keys, turn, shape: gl.constexpr):
     """Starts Q K^T with the tile of keys of this turn."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.passing, 16])
+    layout: gl.constexpr = products_layout(shape.passing)
     zero = gl.full([ROWS, shape.passing], 0.0, gl.float32, layout)
     tile = arrived(keys, turn, shape)
     return warpgroup_mma(q_tile, tile.permute([1, 0]), zero, use_acc=False, is_async=True)
