@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
+from rich.progress import TextColumn
 
 from ..options import DEVICES, resolved_device
 from ..report.summary import Exit, plural
@@ -26,6 +25,7 @@ from .common import (
     progress_console,
     stop,
 )
+from .progress import counting
 
 if TYPE_CHECKING:
     from ..benchmark.measurement import Measurement
@@ -254,16 +254,8 @@ class _Follow:
     def __init__(self, console: Console, total: int) -> None:
         self._console = console
         self._begun = time.monotonic()
-        self._bar = Bar(
-            TextColumn("measuring"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[text]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        text = TextColumn("{task.fields[text]}")
+        self._bar = counting(console, "measuring", text, width=20)
         self._task = self._bar.add_task("measuring", total=total, text="")
 
     def __enter__(self) -> _Follow:

@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from ..options import Options, loading_text
 from ..report.summary import FAILED
@@ -39,18 +46,24 @@ def loading(console: Console, options: Options) -> Iterator[None]:
         reminder.stop()
 
 
-@contextmanager
-def advancing(console: Console, text: str) -> Iterator[Callable[[int, int], None]]:
-    """Say what is done in the block; it reports how much is done, of how much, where it can."""
-    bar = Progress(
+def counting(console: Console, text: str, *beside: ProgressColumn, width: int = 30) -> Progress:
+    """A bar of how much is done, of how much, and for how long; none where there is no terminal."""
+    return Progress(
         TextColumn(escape(text)),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=width),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        *beside,
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
+
+
+@contextmanager
+def advancing(console: Console, text: str) -> Iterator[Callable[[int, int], None]]:
+    """Say what is done in the block; it reports how much is done, of how much, where it can."""
+    bar = counting(console, text)
     task = bar.add_task(text, total=None)
     started = said = time.monotonic()
 
@@ -100,16 +113,7 @@ class Watcher:
         self._workers_load = Reminder(console, loading_text(options))
         self.counts: Counter[str] = Counter()
         self.total = 0
-        self._bar = Progress(
-            TextColumn("judging"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[counts]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._bar = counting(console, "judging", TextColumn("{task.fields[counts]}"))
         self._task = self._bar.add_task("judging", total=None, counts="")
         self._started = self._said = time.monotonic()
 
