@@ -19,7 +19,7 @@ from attn_reference.backward import gradients as true_gradients
 from attn_reference.forward import attention as truth
 from attn_reference.inputs import Inputs
 from attn_reference.problem import Problem
-from attnproof.backend import Backend
+from attnproof.backend import Backend, prepared
 from attnproof.backends import flex
 from attnproof.inputs.make import make_inputs
 from attnproof.signatures.common import FunctionBackend
@@ -202,6 +202,36 @@ def test_flex_attention_does_not_compile_for_head_dims_below_those_of_triton() -
     problem = BASE.replace(head_dim=8)
     with pytest.raises(NotImplementedError, match="head_dim 8 is below the 16 of Triton"):
         flex.flex.attention(make_inputs(problem), problem)
+
+
+def test_flex_attention_is_timed_compiled_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for sizes in general, and however many there are; and once for each."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    flex._of_one_size.cache_clear()
+    problems = [
+        BASE.replace(seqlen_q=n, seqlen_k=n, causal=causal)
+        for n in (32, 48, 64, 80)
+        for causal in ("none", "top-left")
+    ]
+    for problem in problems:
+        for _ in range(3):  # every turn prepares anew
+            inputs = make_inputs(problem)
+            call = prepared(flex.flex, inputs, problem)
+            first, second = call(), call()
+            assert torch.equal(first.out, second.out)
+            torch.testing.assert_close(first.out, truth(inputs, problem).out.float())
+            assert first.lse is None  # a second kernel makes it one of the natural logarithm
+    assert len(graphs) == len(problems)
+    for graph in graphs:
+        values = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        assert all(isinstance(size, int) for value in values for size in value.shape)
+    flex._of_one_size.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])

@@ -3,17 +3,20 @@
 A score_mod holds what changes a score (softcap, bias, ALiBi), a mask_mod what hides a key
 (causality, window, lengths, packed sequences, the boolean mask). Both are written with indices
 alone, so that the kernel for which they are compiled, and torch's own uncompiled function,
-compute the same. Sizes are dynamic, and the numbers of the rules are tensors: a kernel is compiled
-for each dtype, head dimension and set of rules, not for each problem. In fp32 torch's own choice
+compute the same. To be judged, a kernel is compiled for each dtype, head dimension and set of
+rules, not for each problem: sizes are dynamic, and the numbers of the rules are tensors. To be
+timed, it is compiled for the sizes of the problem, which is faster. In fp32 torch's own choice
 of tiles takes up to minutes to compile (products without tensor cores are unrolled); smaller ones
 are asked for, which changes nothing but the tiling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -50,14 +53,17 @@ def attention(function: Callable[..., Any], inputs: Inputs, problem: Problem) ->
     return prepare(inputs, problem)(function)
 
 
-def prepare(inputs: Inputs, problem: Problem) -> Callable[[Callable[..., Any]], Attention]:
+def prepare(
+    inputs: Inputs, problem: Problem, *, lse: bool = True
+) -> Callable[[Callable[..., Any]], Attention]:
     """That of any such function, with score_mod and block mask made once."""
     diagonal = diagonal_of(inputs, problem)
     changes = score_mod(inputs, problem, diagonal)
     block_mask = block_mask_of(inputs, problem, diagonal)
+    asked = {"return_aux": AuxRequest(lse=True)} if lse else {}
 
     def attend(function: Callable[..., Any]) -> Attention:
-        out, aux = function(
+        found = function(
             inputs.q,
             without_padding(inputs.k, inputs),
             without_padding(inputs.v, inputs),
@@ -65,49 +71,69 @@ def prepare(inputs: Inputs, problem: Problem) -> Callable[[Callable[..., Any]], 
             block_mask=block_mask,
             scale=problem.softmax_scale,
             enable_gqa=problem.group > 1,
-            return_aux=AuxRequest(lse=True),
+            **asked,
         )
-        return Attention(out=out, lse=aux.lse)
+        return Attention(out=found[0], lse=found[1].lse) if lse else Attention(out=found)
 
     return attend
 
 
 def compiled(inputs: Inputs, problem: Problem) -> Attention:
-    """Attention by the kernel that is compiled for this problem."""
-    return prepare_compiled(inputs, problem)()
+    """Attention by the kernel that is compiled for problems like this one.
+
+    NotImplementedError for head dimensions that the kernel's template does not take, and where the
+    kernel needs more shared memory than the GPU has.
+    """
+    _refuse(problem)
+    attend = prepare(inputs, problem)
+    with _compiling():
+        return attend(partial(_of_any_size(), kernel_options=tiles(problem)))
 
 
 def prepare_compiled(inputs: Inputs, problem: Problem) -> Callable[[], Attention]:
-    """That, with its block mask made once, as FlexAttention is meant to be used.
+    """Attention by the kernel that is compiled for this problem, as FlexAttention is meant to be
+    used: its sizes are known, its block mask is made once, and no LSE, which a second kernel turns
+    into natural logarithms, is asked for. It refuses what ``compiled`` refuses."""
+    _refuse(problem)
+    attend = prepare(inputs, problem, lse=False)
+    function = partial(_of_one_size(problem), kernel_options=tiles(problem))
+    called = False
 
-    NotImplementedError for head dimensions that the kernel's template does not take, and, of the
-    call, where the kernel needs more shared memory than the GPU has.
-    """
+    def call() -> Attention:
+        nonlocal called
+        if called:  # a user's call changes no settings, which takes time of its own
+            return attend(function)
+        with _compiling():
+            result = attend(function)
+        called = True
+        return result
+
+    return call
+
+
+def _refuse(problem: Problem) -> None:
     least = min(problem.head_dim, problem.value_dim)
     if least < SMALLEST_HEAD_DIM:
         raise NotImplementedError(f"head_dim {least} is below the {SMALLEST_HEAD_DIM} of Triton")
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Settings for a call that may compile; what does not fit the GPU becomes unsupported."""
     import torch._dynamo
     import torch._inductor.config
 
-    attend = prepare(inputs, problem)
-    function = partial(_compiled_function(), kernel_options=tiles(problem))
-
-    def call() -> Attention:
-        try:
-            with (
-                torch._dynamo.config.patch(
-                    recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS
-                ),
-                # A run has a process for each core: none of them needs a pool of its own.
-                torch._inductor.config.patch(compile_threads=1),
-            ):
-                return attend(function)
-        except RuntimeError as error:
-            if "out of resource" not in str(error):
-                raise
-            raise NotImplementedError(f"no kernel of torch fits this GPU: {error}") from error
-
-    return call
+    try:
+        with (
+            torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS),
+            # A run has a process for each core: none of them needs a pool of its own.
+            torch._inductor.config.patch(compile_threads=1),
+        ):
+            yield
+    except RuntimeError as error:
+        if "out of resource" not in str(error):
+            raise
+        raise NotImplementedError(f"no kernel of torch fits this GPU: {error}") from error
 
 
 def tiles(problem: Problem) -> dict[str, int | bool] | None:
@@ -220,9 +246,20 @@ def _number(value: float, dtype: torch.dtype, inputs: Inputs) -> Tensor:
 
 
 @cache
-def _compiled_function() -> Callable[..., Any]:
+def _of_any_size() -> Callable[..., Any]:
     # Not a full graph would be another implementation, uncompiled.
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+
+@cache
+def _of_one_size(problem: Problem) -> Callable[..., Any]:
+    """Compiled for that problem alone, by code of its own: graphs of other problems, which Dynamo
+    keeps by code, neither count toward its limits nor are looked through by a call."""
+    of = flex_attention
+    code = of.__code__.replace()
+    own = FunctionType(code, of.__globals__, of.__name__, of.__defaults__, of.__closure__)
+    own.__kwdefaults__ = of.__kwdefaults__
+    return torch.compile(own, dynamic=False, fullgraph=True)
 
 
 flex = FunctionBackend(
