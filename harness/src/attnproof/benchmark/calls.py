@@ -37,10 +37,12 @@ class Calls:
         """Calls that one number is the mean of."""
         return 1 if self._clock is not None else ITERATIONS[self.device]
 
-    def once(self, seed: int) -> None:
-        """An untimed call: compiles what is compiled, and fills the allocator's cache."""
-        self._call(self._before(seed))
+    def untimed(self, seed: int) -> dict[str, Any]:
+        """What a timed call does, untimed: compiles what is compiled, and fills torch's cache of
+        memory."""
+        returned = self._call(self._before(seed))
         synchronize(self.device)
+        return returned
 
     def timed(self, seed: int) -> Timed[dict[str, Any]]:
         """A timed call on the inputs of that seed, and what it returned, by name."""

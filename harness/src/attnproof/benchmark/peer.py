@@ -41,7 +41,7 @@ class Failed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """What a few timed calls in a row took: seconds each, and of the untimed one before them."""
+    """What a few timed calls in a row took: seconds each, and of the first untimed one."""
 
     seconds: tuple[float, ...]
     first: float
@@ -74,8 +74,8 @@ class Peer:
         return self._description
 
     def begin(self, cell: Cell, seeds: Sequence[int], seconds: float) -> None:
-        """Have it make an untimed call, and a timed one for each seed, within ``seconds``; this
-        does not wait for them. Failed when it cannot be asked."""
+        """Have it make an untimed call and a timed one for each seed, within ``seconds``; this does
+        not wait for them. Failed when it cannot be asked."""
         self._send({"cell": cell.as_dict(), "seeds": list(seeds)}, seconds)
 
     def finish(self, count: int) -> Turn:

@@ -2,7 +2,7 @@
 
 Each target has a process of its own, so that a crash, a hang or a CUDA error costs its column
 alone, and one waits for its turn while another is timed: a GPU that several processes share works
-for the one that has work. A turn begins with an untimed call, and ahead of every timed one there
+for the one that has work. A turn begins with untimed calls, and ahead of every timed one there
 is enough for the device to do that switching to the process is over by then. What drifts
 (clocks, temperature) drifts for all targets alike.
 """
@@ -134,7 +134,7 @@ class Bench:
             self._startup[name] = {"import": first, "first": turn.first, "total": total}
         call = turn.seconds[0] * turn.iterations
         contender.calls = CALLS if call < TURN_SECONDS else 1
-        fit = int(CELL_SECONDS / (call * (contender.calls + 1)))
+        fit = int(CELL_SECONDS / (call * 2 * contender.calls))  # each is made untimed, too
         contender.rounds = min(self.rounds, max(fit, LEAST_ROUNDS))
 
     def _begin(self, contender: _Contender, seeds: Sequence[int]) -> None:

@@ -77,14 +77,20 @@ class _Server:
         self._channel.send(answer)
 
     def _make_calls(self, cell: Cell, seeds: list[int]) -> Header:
-        """One untimed call, then a timed one per seed."""
+        """An untimed call per seed, then a timed one.
+
+        What the untimed ones return is kept until the last is made, since it is with the timed
+        ones: torch then has the memory for all of them, and none waits for the driver.
+        """
         self._cell = cell
         start = _clock()
         if self._clock is None:
             self._clock = DeviceClock(self._device)
         calls = Calls(cell, self._backend, self._clock)
-        calls.once(0)
+        kept = [calls.untimed(0)]
         first = _clock() - start
+        kept += [calls.untimed(0) for _ in seeds[1:]]
+        kept.clear()
         gc.disable()
         try:
             timed: list[Timed[dict[str, Any]]] = [calls.timed(seed) for seed in seeds]
