@@ -84,7 +84,7 @@ def candidates(direction: str, width: int, capability: int) -> Iterator[Candidat
         yield Candidate(POINTERS, direction, width, tiles)
     if capability != HOPPER_CAPABILITY or (width > 128 and direction != FORWARD):
         return
-    for consumers, passing, stages in itertools.product((2, 3), (32, 64, 128), (1, 2, 3, 4)):
+    for consumers, passing, stages in itertools.product((2, 3), (32, 64, 128), (2, 3, 4)):
         tiles_ = HopperTiles(consumers=consumers, passing=passing, stages=stages)
         yield Candidate(HOPPER, direction, width, tiles_)
 
@@ -128,7 +128,7 @@ def deviates(one: Candidate, gpu: int) -> str | None:
         inputs = make_inputs(problem)
         on_gpu = {name: tensor.cuda() for name, tensor in inputs.tensors().items()}
         x = Arguments(q=on_gpu["q"], k=on_gpu["k"], v=on_gpu["v"], causal=causal, window=window)
-        ready = Launches(x)
+        ready = Launches(x, hopper=False)
         found = (launched(one, x, None, gpu) if one.direction == FORWARD else ready.forward()).run()
         gradients = {}
         if one.direction != FORWARD:
@@ -155,7 +155,7 @@ def milliseconds(one: Candidate, seqlen: int, causal: str, gpu: int) -> float:
     x = Arguments(q=q, k=k, v=v, causal=causal)
     saved = None
     if one.direction != FORWARD:
-        saved = {**Launches(x).forward().run(), "grad_out": grad_out}
+        saved = {**Launches(x, hopper=False).forward().run(), "grad_out": grad_out}
     result = launched(one, x, saved, gpu)
     last = result.launches[-1]  # without delta, which all share
     for launch in result.launches:

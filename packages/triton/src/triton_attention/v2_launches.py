@@ -40,12 +40,12 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 class Launches:
     """The launches of one call. ``seed``: of dropout, int64 (1,), on the device of q; ``gpu``: that
     the tiles are for, None for the one that q is on; ``hopper``: whether the kernels for Hopper may
-    be chosen, which no call does before a GPU has judged them."""
+    be chosen."""
 
     x: Arguments
     seed: Tensor | None = None
     gpu: choose.Gpu | None = None
-    hopper: bool = False
+    hopper: bool = True
 
     def forward(
         self, tiles: Tiles | HopperTiles | None = None, splits: int | None = None
@@ -124,7 +124,7 @@ class Launches:
         of_keys = tiles.get(KEYS) or self._hopper_tiles(KEYS, x.seqlen_q)
         of_queries = tiles.get(QUERIES) or self._hopper_tiles(QUERIES, x.seqlen_q)
         if HopperTiles in map(type, (of_keys, of_queries)) and not loadable(grad_out):
-            grad_out = grad_out.contiguous()
+            grad_out = grad_out.clone(memory_format=torch.contiguous_format)
         launches = [self._delta(out, grad_out, grad_lse, deltas, tiles.get(DELTA))]
         tensors = {"delta": deltas}
         saved: dict[str, Any] = {
