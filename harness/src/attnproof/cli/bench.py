@@ -227,6 +227,9 @@ def _show(path: Path, only: Sequence[str], baseline: str | None, plot: Path | No
     chosen = [one for one in measurements if _wanted(one.cell, only)]
     if not chosen:
         stop(f"--only {' '.join(only)}: in the name of no cell of {path}")
+    names = dict.fromkeys(one.target for one in chosen)
+    if baseline is not None and baseline not in names:
+        stop(f"--baseline {baseline}: accepted is one of the targets of {path}: {', '.join(names)}")
     return _tell(chosen, baseline, plot)
 
 
