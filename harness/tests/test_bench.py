@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from attn_reference.problem import Problem
-from attnproof.benchmark import rounds
+from attnproof.benchmark import rounds, session
 from attnproof.benchmark.ceilings import Ceilings
 from attnproof.benchmark.measurement import Ended, Measurement
-from attnproof.benchmark.peer import Peer
+from attnproof.benchmark.peer import OutOfTime, Peer
 from attnproof.benchmark.rounds import Bench, for_capabilities
+from attnproof.benchmark.session import BenchOptions
+from attnproof.benchmark.storage import read
 from attnproof.benchmark.suites import Cell
 from attnproof.targets import TargetSpec
 
@@ -26,6 +29,9 @@ BACKWARD = Cell(
     suite="test",
     direction="backward",
     problem=FORWARD.problem.replace(gradients=("q", "k", "v")),
+)
+LONGER = Cell(
+    suite="test", direction="forward", problem=FORWARD.problem.replace(seqlen_q=64, seqlen_k=64)
 )
 SKY = Ceilings(matmul=math.inf, memory=math.inf)
 LOOK_FAST = {
@@ -111,12 +117,74 @@ def test_what_hangs_is_ended_and_not_asked_for_more(peers: list[Peer]) -> None:
     measuring = bench(peers, timeout=1.0)
     (first,) = measuring.measure(FORWARD)
     assert first.ended is Ended.TIMED_OUT
-    more = Cell(
-        suite="test", direction="forward", problem=FORWARD.problem.replace(seqlen_q=64, seqlen_k=64)
-    )
-    (second,) = measuring.measure(more)
+    (second,) = measuring.measure(LONGER)
     assert second.ended is Ended.SKIPPED
     assert "timed out on b1 d16 S32 full" in second.reason
+
+
+@pytest.mark.parametrize("peers", [("hangs_on_64", "honest")], indirect=True)
+def test_what_hangs_while_all_compile_costs_its_own_column(
+    peers: list[Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "registered", lambda: [peer.name for peer in peers])
+    measuring = bench(peers, timeout=2.0)
+    measuring.measure(FORWARD)
+    assert len(measuring._startup) == 2  # from now on both compile at the same time
+    found = by_function(measuring.measure(LONGER))
+    assert found["hangs_on_64"].ended is Ended.TIMED_OUT
+    assert found["honest"].ended is Ended.MEASURED
+
+
+class Silent:
+    """A run that nobody follows."""
+
+    def tell(self, text: str) -> None: ...
+
+    def done(self, cell: Cell, found: object) -> None: ...
+
+
+@pytest.mark.parametrize("peers", [("honest", "hangs_on_64")], indirect=True)
+def test_time_that_runs_out_leaves_what_was_measured(
+    peers: list[Peer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also where a target hangs; and a run goes on from there."""
+    monkeypatch.setattr(session, "measure_ceilings", lambda device, dtype: SKY)
+    path = tmp_path / "run.json"
+
+    def run(end: float, timeout: float, *, resume: bool = False) -> session.BenchSession:
+        options = BenchOptions(
+            targets=tuple(peer.name for peer in peers),
+            signature="sdpa",
+            cells=(FORWARD, LONGER),
+            device="cpu",
+            rounds=1,
+            seed=0,
+            timeout=timeout,
+            end=end,
+            json=path,
+            resume=resume,
+        )
+        for peer in peers:
+            peer.end = end
+        return session.run(options, peers, Silent())
+
+    begun = time.monotonic()
+    found = run(begun + 4.0, timeout=100.0)
+    assert time.monotonic() - begun < 20.0
+    assert found.left == 1
+    assert [one.cell for one in found.measurements] == [FORWARD] * 2
+    assert len(read(path)[1]) == 2
+    found = run(math.inf, timeout=1.0, resume=True)
+    assert (found.left, found.taken_over) == (0, 2)
+    assert [one.ended for one in found.measurements[2:]] == [Ended.MEASURED, Ended.TIMED_OUT]
+
+
+def test_time_runs_while_a_target_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(1000)\n", "utf-8")
+    loading = Peer(TargetSpec(f"{tmp_path}/slow.py:f", "sdpa"), "cpu", time.monotonic() + 1.0)
+    with pytest.raises(OutOfTime):
+        loading.describe()
+    loading.close()
 
 
 @pytest.mark.parametrize("peers", [("honest",)], indirect=True)

@@ -91,6 +91,9 @@ def test_a_run_is_gone_on_with(tmp_path: Path) -> None:
     assert len(after) == 4
     _, shown = run(f"--show={path}", "--baseline=sdpa")
     assert "geometric mean" in shown
+    status, text = run(f"--show={path}", "--baseline=eager")
+    assert status == 2
+    assert f"--baseline eager: accepted is one of the targets of {path}: sdpa, sdpa-math" in text
     _, shown = run(f"--show={path}", "--only=forward", "--only=causal")
     assert "S32 causal" in shown
     assert "S32 full" not in shown

@@ -309,10 +309,80 @@ def test_no_room(device):
     before = [cache.clone() for cache in caches]
     lengths = lengths_of((23, 24), device)
     if device == "cpu":
-        with pytest.raises(ValueError, match="lengths and new keys are 26: accepted are 24"):
+        with pytest.raises(
+            ValueError, match="cache_seqlens has values from 23 to 24: accepted are 0 to 22"
+        ):
             flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=lengths)
         return
     flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=lengths)
     for cache, old, new in zip(caches, before, (k, v), strict=True):
         old[0, 23] = new[0, 0]
         assert torch.equal(cache, old)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"cache_seqlens": -1}, "cache_seqlens=-1: accepted is an int of 0 to 23, the room for 1"),
+        ({"cache_seqlens": 24}, "cache_seqlens=24: accepted is an int of 0 to 23, the room for 1"),
+        ({"cache_seqlens": 2.0}, "cache_seqlens=2.0: accepted is an int of 0 to 23"),
+        (
+            {"cache_seqlens": (-1, 3)},
+            "cache_seqlens has values from -1 to 3: accepted are 0 to 23, the room for 1",
+        ),
+        ({"cache_seqlens": (3, 24)}, "cache_seqlens has values from 3 to 24: accepted are 0 to 23"),
+        (
+            {"cache_seqlens": (3, 3), "cache_leftpad": (0, -1)},
+            "cache_leftpad has values from -1 to 0: accepted are 0 to 24",
+        ),
+        (
+            {"cache_seqlens": (3, 3), "cache_batch_idx": (0, 2)},
+            "has values from 0 to 2: accepted are 0 to 1, the pages of the cache",
+        ),
+    ],
+)
+def test_lengths_that_lead_out_of_the_cache(given, said):
+    caches = [cache.nan_to_num() for cache in entries()]
+    before = [cache.clone() for cache in caches]
+    q, k, v = randn(B, 1, HQ, D), randn(B, 1, HKV, D), randn(B, 1, HKV, DV)
+    given = {
+        name: lengths_of(value, "cpu") if isinstance(value, tuple) else value
+        for name, value in given.items()
+    }
+    with pytest.raises(ValueError, match=re.escape(said)):
+        flash_attn_with_kvcache(q, *caches, k, v, **given)
+    assert all(torch.equal(cache, old) for cache, old in zip(caches, before, strict=True))
+
+
+def test_lengths_beyond_the_cache_are_not_read():
+    for longer in (25, lengths_of((25, 3), "cpu")):
+        with pytest.raises(ValueError, match="0 to 24, the keys of the cache"):
+            flash_attn_with_kvcache(randn(B, 1, HQ, D), *entries(), cache_seqlens=longer)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "table", "written"),
+    [
+        ((-1, 23), None, {(1, 23): (1, 0)}),
+        ((24, 2**31 - 1), None, {}),
+        ((-(2**31), 24), None, {}),
+        ((3, 9), ((-1, 0, 0), (0, 3, 0)), {}),
+        ((7, 9), ((0, 99, 0), (2, 1, 0)), {(0, 7): (0, 0), (1, 1): (1, 0), (1, 2): (1, 1)}),
+    ],
+)
+def test_no_value_of_a_tensor_leads_out_of_the_cache(lengths, table, written, device, monkeypatch):
+    """Where values are not read, the kernel leaves out what has no place; the interpreter fails on
+    what would be written elsewhere. Three pages of 8 keys, or two entries of 24."""
+    monkeypatch.setattr("triton_attention.cache.refuse_outside", lambda *_: None)
+    shape = (B, CAPACITY) if table is None else (3, 8)
+    caches = on(device, torch.zeros(*shape, HKV, D), torch.zeros(*shape, HKV, DV))
+    new = on(device, randn(B, 2, HKV, D), randn(B, 2, HKV, DV))
+    pages = None if table is None else torch.tensor(table, dtype=torch.int32, device=device)
+    append_to_cache(
+        *(each.transpose(1, 2) for each in (*caches, *new)), lengths_of(lengths, device), pages
+    )
+    for kept, rows in zip(caches, new, strict=True):
+        expected = torch.zeros_like(kept)
+        for place, row in written.items():
+            expected[place] = rows[row]
+        assert torch.equal(kept, expected)

@@ -39,6 +39,10 @@ class Failed(Exception):
         self.kind, self.reason = kind, reason
 
 
+class OutOfTime(Exception):
+    """The time of the whole run is over."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Turn:
     """What a few timed calls in a row took: seconds each, and of the first untimed one."""
@@ -52,11 +56,12 @@ class Turn:
 class Peer:
     """A target in a process of its own, started when it is first needed, and again after a crash.
 
-    A process waits for the parent whenever another one is timed. ``close`` it.
+    A process waits for the parent whenever another one is timed. ``close`` it. From ``end`` on, a
+    time of ``time.monotonic``, whatever waits for it raises OutOfTime.
     """
 
-    def __init__(self, spec: TargetSpec, device: str) -> None:
-        self.spec, self.device = spec, device
+    def __init__(self, spec: TargetSpec, device: str, end: float = math.inf) -> None:
+        self.spec, self.device, self.end = spec, device, end
         self.import_seconds = math.nan  # of torch and the target, in its first process
         self._description: Description | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -114,7 +119,9 @@ class Peer:
         try:
             for tensor in awaited.values():
                 self._channel.receive_into(bytes_of(tensor).data)
-        except (TimeoutError, Closed):
+        except TimeoutError:
+            raise self._late() from None
+        except Closed:
             raise self._ended() from None
         return awaited, "; ".join(clean(str(c)) for c in _list(answer.get("complaints")))
 
@@ -170,6 +177,7 @@ class Peer:
 
     def _post(self, request: Header, seconds: float) -> None:
         self._seconds, self._deadline = seconds, time.monotonic() + seconds
+        self._heard = False
         try:
             self._channel.send(request)
         except Closed:
@@ -180,13 +188,19 @@ class Peer:
         try:
             return self._channel.receive()
         except TimeoutError:
-            self.close()
-            raise Failed("timed out", f"no answer within {self._seconds:g} s") from None
+            raise self._late() from None
         except Closed:
             raise self._ended() from None
         except ProtocolError as error:
             self.close()
             raise Failed("crashed", f"sent {error}") from None
+
+    def _late(self) -> Exception:
+        """Why it is no longer waited for, which ends its process."""
+        self.close()
+        if time.monotonic() >= self.end:
+            return OutOfTime()
+        return Failed("timed out", f"no answer within {self._seconds:g} s")
 
     def _ended(self) -> Failed:
         """Why its process is gone."""
@@ -195,10 +209,17 @@ class Peer:
         return Failed("crashed", how)
 
     def _await(self) -> None:
-        """Return when there is something to read; TimeoutError at the deadline."""
-        left = self._deadline - time.monotonic()
-        if left <= 0 or not select.select([self._socket], [], [], left)[0]:
+        """Return when there is something to read; TimeoutError at the deadline.
+
+        An answer whose beginning lies there is in time, whenever it is looked for: several may be
+        awaited one after the other. The rest of it has to come before the deadline.
+        """
+        left = min(self._deadline, self.end) - time.monotonic()
+        if left <= 0 and self._heard:
             raise TimeoutError
+        if not select.select([self._socket], [], [], max(left, 0.0))[0]:
+            raise TimeoutError
+        self._heard = True
 
     def _how_it_ended(self) -> str:
         assert self._process is not None

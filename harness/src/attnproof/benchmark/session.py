@@ -14,7 +14,7 @@ from ..registry import registered
 from ..targets import LoadError, TargetSpec
 from .ceilings import measure_ceilings
 from .measurement import Measurement
-from .peer import Peer
+from .peer import OutOfTime, Peer
 from .rounds import Bench
 from .storage import resume, write
 from .suites import Cell
@@ -35,7 +35,7 @@ class BenchOptions:
     rounds: int
     seed: int
     timeout: float
-    seconds: float | None  # after which no cell is begun
+    end: float  # by time.monotonic; what is not measured then is left
     json: Path | None
     resume: bool
 
@@ -55,15 +55,14 @@ def loaded(
 ) -> Iterator[tuple[list[Peer], dict[str, str]]]:
     """The targets, in processes that end with the block, and why others are left out.
 
-    LoadError for one that cannot be loaded. Of the registered backends, where none is named, those
-    are left out that cannot run here. NothingToMeasure when no target can.
+    LoadError for one that cannot be loaded, OutOfTime when there is no time left for that. Of the
+    registered backends, where none is named, those are left out that cannot run here.
+    NothingToMeasure when no target can.
     """
     known = registered()
     names = list(dict.fromkeys(options.targets)) or list(known)
-    peers = [
-        Peer(TargetSpec(name, None if name in known else options.signature), options.device)
-        for name in names
-    ]
+    specs = [TargetSpec(n, None if n in known else options.signature) for n in names]
+    peers = [Peer(spec, options.device, options.end) for spec in specs]
     try:
         unavailable = {}
         for peer in peers:
@@ -90,7 +89,7 @@ def loaded(
 
 def run(options: BenchOptions, peers: Sequence[Peer], progress: Progress) -> BenchSession:
     """Measure what no earlier run has; StorageError where that is of other targets or another
-    device, OSError when the results cannot be written."""
+    device, OSError when the results cannot be written. A cell in which time ran out is left."""
     must_agree = _must_agree(options, peers)
     session = BenchSession()
     if options.resume and options.json is not None:
@@ -99,9 +98,8 @@ def run(options: BenchOptions, peers: Sequence[Peer], progress: Progress) -> Ben
     done = {(one.cell.suite, one.cell.name) for one in session.measurements}
     cells = [cell for cell in options.cells if (cell.suite, cell.name) not in done]
     session.left = len(cells)
-    if not cells:
+    if not cells or time.monotonic() >= options.end:
         return session
-    begun = time.monotonic()
     try:
         progress.tell("measuring what this device reaches")
         bench = Bench(
@@ -114,7 +112,7 @@ def run(options: BenchOptions, peers: Sequence[Peer], progress: Progress) -> Ben
             tell=progress.tell,
         )
         for cell in cells:
-            if options.seconds is not None and time.monotonic() - begun > options.seconds:
+            if time.monotonic() >= options.end:
                 break
             found = bench.measure(cell)
             session.measurements += found
@@ -122,7 +120,7 @@ def run(options: BenchOptions, peers: Sequence[Peer], progress: Progress) -> Ben
             if options.json is not None:
                 write(options.json, must_agree, session.measurements)
             progress.done(cell, found)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OutOfTime):
         pass
     return session
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -78,7 +79,8 @@ def bench(
         float | None,
         typer.Option(
             metavar="SECONDS",
-            help="Begin no cell after that time; --resume goes on. [default: no limit]",
+            help="Limit of the run, loading and compiling included; --resume goes on. "
+            "[default: no limit]",
             show_default=False,
         ),
     ] = None,
@@ -108,6 +110,7 @@ def bench(
     a rate that the device cannot have), 2 usage or a TARGET cannot be loaded, 3 nothing could be
     measured here.
     """
+    begun = time.monotonic()
     from ..benchmark.plot import FORMATS
 
     if plot is not None and plot.suffix not in FORMATS:
@@ -142,7 +145,7 @@ def bench(
         rounds=rounds,
         seed=seed,
         timeout=timeout,
-        seconds=seconds,
+        end=math.inf if seconds is None else begun + seconds,
         json=json,
         resume=resume,
     )
@@ -186,7 +189,8 @@ def _wanted(cell: Cell, only: Sequence[str]) -> bool:
 
 def _measured(options: BenchOptions, baseline: str | None) -> BenchSession:
     """Carry out a run; ends with one line where it cannot be."""
-    from ..benchmark.session import NothingToMeasure, loaded, run
+    from ..benchmark.peer import OutOfTime
+    from ..benchmark.session import BenchSession, NothingToMeasure, loaded, run
     from ..benchmark.storage import StorageError
     from ..targets import LoadError
 
@@ -199,6 +203,9 @@ def _measured(options: BenchOptions, baseline: str | None) -> BenchSession:
             if baseline is not None and baseline not in names:
                 stop(f"--baseline {baseline}: accepted is one of the targets: {', '.join(names)}")
             return run(options, peers, follow)
+    except OutOfTime:
+        follow.say("out of time before all targets were loaded")
+        return BenchSession(left=len(options.cells))
     except LoadError as error:
         stop(str(error))
     except NothingToMeasure as error:
@@ -220,6 +227,9 @@ def _show(path: Path, only: Sequence[str], baseline: str | None, plot: Path | No
     chosen = [one for one in measurements if _wanted(one.cell, only)]
     if not chosen:
         stop(f"--only {' '.join(only)}: in the name of no cell of {path}")
+    names = dict.fromkeys(one.target for one in chosen)
+    if baseline is not None and baseline not in names:
+        stop(f"--baseline {baseline}: accepted is one of the targets of {path}: {', '.join(names)}")
     return _tell(chosen, baseline, plot)
 
 

@@ -24,8 +24,9 @@ def append_to_cache(
 
     k_cache is (B or more, H, capacity, D), with page_table, (B, pages) int32, (pages, H, page_size,
     D), and v_cache likewise, in any strides. An operator of torch, without gradients. Raises
-    ValueError, naming the argument, for what does not fit. Keys beyond the capacity are not
-    written, which is noticed (ValueError) on the CPU alone.
+    ValueError, naming the argument, for what does not fit. Keys beyond the capacity or behind a
+    negative length, and pages that there are not, are not written; that is noticed (ValueError) on
+    the CPU alone, since reading values of a GPU would wait for it.
     """
     batch, heads, rows, width = k.shape
     pages = batch if page_table is None else page_table.shape[1]
@@ -55,10 +56,13 @@ def append_to_cache(
             )
     if page_table is None and min(k_cache.shape[0], v_cache.shape[0]) < batch:
         raise ValueError(f"k_cache has {k_cache.shape[0]} entries: accepted are {batch} or more")
-    if k.device.type == "cpu" and batch:
-        most = int(lengths.max()) + rows
-        if most > capacity:
-            raise ValueError(f"lengths and new keys are {most}: accepted are {capacity}, the room")
+    there_are = min(k_cache.shape[0], v_cache.shape[0])
+    if k.device.type == "cpu" and lengths.numel():
+        refuse_outside("lengths", lengths, capacity - rows, f"the room for {rows} new keys")
+        if page_table is not None and rows:
+            keys = lengths[:, None] + torch.arange(rows)
+            written = page_table.gather(1, keys // page_size)
+            refuse_outside("page_table", written, there_are - 1, "the pages of the cache")
     table = None if page_table is None else page_table.contiguous()
     launch = Launch(
         kernel=append_kernel,
@@ -73,6 +77,7 @@ def append_to_cache(
             "table_row": pages,
             "page_size": page_size,
             "capacity": capacity,
+            "pages": there_are,
             "rows": rows,
             "heads": heads,
             "WIDTH": width,
@@ -84,6 +89,17 @@ def append_to_cache(
     )
     with device_of(k):
         launch.run()
+
+
+def refuse_outside(name: str, values: Tensor, most: int, what: str) -> None:
+    """ValueError for values below 0 or above ``most``, which reads them."""
+    if not values.numel():
+        return
+    low, high = (int(bound) for bound in values.aminmax())
+    if low < 0 or high > most:
+        raise ValueError(
+            f"{name} has values from {low} to {high}: accepted are 0 to {most}, {what}"
+        )
 
 
 def _described(tensor: Tensor) -> str:

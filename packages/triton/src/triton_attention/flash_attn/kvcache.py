@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
 # Asked of the package, which decides whether kernels are interpreted before Triton is imported.
 from .. import attention
-from ..cache import append_to_cache
+from ..cache import append_to_cache, refuse_outside
+from ..tracing import readable
 from .options import Returned, options
 from .rotary import rotated
 
@@ -49,7 +52,10 @@ def flash_attn_with_kvcache(
     ``triton_attention.flash_attn``.
 
     Raises ValueError, naming the argument, for what does not fit; NotImplementedError for slopes
-    that differ by sequence.
+    that differ by sequence. Lengths that are negative or beyond the cache, and pages that there are
+    not, are refused where that needs no value of a GPU, which would wait for it: in an int, and in
+    tensors on the CPU. On a GPU keys of such lengths are not written, and of longer ones as many
+    are seen as the cache has room for.
     """
     if block_table is not None and cache_batch_idx is not None:
         raise ValueError("cache_batch_idx is given with block_table: accepted is one of them")
@@ -62,7 +68,9 @@ def flash_attn_with_kvcache(
     table = cache_batch_idx[:, None] if cache_batch_idx is not None else block_table
     capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
     k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    lengths = _lengths(q, cache_seqlens, table, capacity)
+    lengths = _lengths(q, cache_seqlens, table, capacity, 0 if k is None else k.shape[1])
+    if cache_leftpad is not None and readable(cache_leftpad):
+        refuse_outside("cache_leftpad", cache_leftpad, capacity, "the keys of the cache")
     if k is not None and v is not None and lengths is not None:
         if rotary_cos is not None:
             local = causal or given["window"] is not None
@@ -93,15 +101,24 @@ def flash_attn_with_kvcache(
 
 
 def _lengths(
-    q: Tensor, cache_seqlens: Tensor | int | None, table: Tensor | None, capacity: int
+    q: Tensor, cache_seqlens: Tensor | int | None, table: Tensor | None, capacity: int, new: int
 ) -> Tensor | None:
     """(B,) int32; None where all keys of a cache without a table count."""
+    most = capacity - new
+    room = f"the room for {new} new keys" if new else "the keys of the cache"
     if isinstance(cache_seqlens, Tensor):
+        if readable(cache_seqlens):
+            refuse_outside("cache_seqlens", cache_seqlens, most, room)
         return cache_seqlens
     if cache_seqlens is None:
         if table is None:
             return None
         cache_seqlens = capacity
+    if not isinstance(cache_seqlens, SupportsIndex) or not 0 <= cache_seqlens <= most:
+        raise ValueError(
+            f"cache_seqlens={cache_seqlens!r}: accepted is an int of 0 to {most}, {room}, or a "
+            "tensor of them"
+        )
     return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
 
 
