@@ -6,7 +6,8 @@
 # Needs torch with CUDA, pytest, and the distributions of this repository installed. Writes everything
 # under RESULTS as it comes, last junit.xml and summary.md, which is added to GITHUB_STEP_SUMMARY where
 # that is set. What an earlier run found there is removed first, unless RESUME=1 says to go on from it:
-# it may be of other code. Calibrations always go on. The exit status is 1 when something failed.
+# it may be of other code. Calibrations always go on. The exit status is 1 when something failed, 2 for a
+# part that there is none of, and then nothing was touched.
 # PARTs, all but the benchmark and the calibrations unless named:
 #   checks     judge every backend that the GPU can run; BACKENDS names some, LEVEL=full judges more,
 #              and one of MUST_RUN (names and commas) that cannot be judged here is a failure
@@ -18,7 +19,21 @@
 #   cuda, cpu  calibrate the error budget on torch's kernels, PROBLEMS random problems each
 # ATTNPROOF_COMMIT names the commit where there is no git checkout, SECONDS_EACH limits a part.
 set -u
-results=$(mkdir -p "${1:?"usage: tools/gpu.sh RESULTS [PART...]"}" && cd "$1" && pwd)
+if [[ -z ${1:-} ]]; then
+  echo "usage: tools/gpu.sh RESULTS [PART...]" >&2
+  exit 2
+fi
+for part in "${@:2}"; do
+  case $part in # before anything is removed or run
+  checks | golden | tests | sanitize | bench | cuda | cpu) ;;
+  *)
+    echo "tools/gpu.sh: part '$part': unknown; accepted are checks, golden, tests, sanitize," \
+      "bench, cuda, cpu" >&2
+    exit 2
+    ;;
+  esac
+done
+results=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 shift
 cd "$(dirname "$0")/.."
 parts=("$@")

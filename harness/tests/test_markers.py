@@ -100,15 +100,21 @@ def test_here(pytester):
         ('requires_arch(min="Ampere")', "marker requires_arch: 'Ampere' is no architecture"),
         ("requires_arch()", "marker requires_arch: accepted are architectures, and min"),
         ('requires_arch(max="sm_90")', "marker requires_arch: accepted are architectures, and min"),
+        ("requires_arch(min=None)", "marker requires_arch: min=None asks for nothing; accepted is"),
+        ('requires_arch("sm_90", min=None)', "marker requires_arch: min=None asks for nothing"),
+        ("requires_arch(None)", "marker requires_arch: None is no architecture"),
+        ('requires_memory("0GB")', "marker requires_memory: '0GB' asks for nothing; accepted is a"),
+        ('requires_memory("0.1 B")', "marker requires_memory: '0.1 B' asks for nothing"),
         ("requires_memory(20)", "marker requires_memory: 20 is no size"),
         ("requires_memory()", "marker requires_memory: accepted is one size"),
     ],
 )
 def test_a_marker_of_another_form_is_an_error_and_no_skip(pytester, marker, message):
     tests = f"import pytest\n@pytest.mark.{marker}\ndef test_it():\n    pass\n"
-    result = run(pytester, H100, tests)
-    result.assert_outcomes(errors=1)
-    assert message in result.stdout.str()
+    for device in (H100, "None"):
+        result = run(pytester, device, tests)
+        result.assert_outcomes(errors=1)
+        assert message in result.stdout.str()
 
 
 CHAPTER = """

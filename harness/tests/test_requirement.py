@@ -155,6 +155,13 @@ def test_another_form_of_architecture_is_refused(text: str) -> None:
         Requirement(who="a", arch_min=text)
     with pytest.raises(ValueError, match="is no architecture"):
         Requirement(who="a", dtypes=(("bf16", text),))
+    with pytest.raises(ValueError, match="is no architecture"):
+        Requirement(who="a", archs=(text,))
+
+
+def test_only_the_least_architecture_may_be_left_open() -> None:
+    with pytest.raises(ValueError, match="None is no architecture"):
+        Requirement(who="a", archs=(None,))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("field", ["driver_min", "cuda_min", "torch_min"])

@@ -18,15 +18,19 @@ pytestmark = pytest.mark.skipif(
 
 def run(folder, status, *parts, **variables):
     """The script, with programs that only note how they are called, and end with that status."""
+    return run_words(folder, status, folder / "results", *parts, **variables)
+
+
+def run_words(folder, status, *words, programs=PROGRAMS, **variables):
     stubs = folder / "stubs"
     stubs.mkdir()
-    for name in PROGRAMS:
+    for name in programs:
         stub = stubs / name
         stub.write_text(f'#!/bin/sh\necho "{name} $@" >>"{folder}/calls"\nexit {status}\n')
         stub.chmod(0o755)
     path = os.pathsep.join([str(stubs), os.environ["PATH"]])
     return subprocess.run(
-        ["bash", SCRIPT, folder / "results", *parts],
+        ["bash", SCRIPT, *words],
         env=os.environ | {"PATH": path} | variables,
         capture_output=True,
         text=True,
@@ -52,6 +56,31 @@ def test_a_sanitizer_that_finds_nothing_planted_fails_the_run(tmp_path):
     done = run(tmp_path, 0, "sanitize")
     assert done.returncode == 1
     assert "racecheck did not find what was planted" in done.stdout
+
+
+@pytest.mark.parametrize("part", ["chekcs", "", "fail", "calibrate", "checks golden", "*"])
+def test_an_unknown_part_is_refused_before_anything_is_touched(tmp_path, part):
+    old = tmp_path / "results" / "eager.json"
+    old.parent.mkdir()
+    old.write_text("{}")
+    done = run(tmp_path, 0, "tests", part)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"tools/gpu.sh: part '{part}': unknown; accepted are checks, golden, tests, sanitize, "
+        "bench, cuda, cpu\n"
+    )
+    assert done.stdout == ""
+    assert old.exists()
+    assert not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize("words", [(), ("",)])
+def test_without_a_folder_for_results_nothing_is_run(tmp_path, words):
+    # It wrote to / and removed what lay there; hence no rm.
+    done = run_words(tmp_path, 0, *words, programs=(*PROGRAMS, "rm", "timeout"))
+    assert done.returncode == 2
+    assert done.stderr == "usage: tools/gpu.sh RESULTS [PART...]\n"
+    assert not (tmp_path / "calls").exists()
 
 
 @pytest.mark.parametrize(("resume", "kept"), [("", False), ("1", True)])

@@ -36,9 +36,14 @@ def _required(mark: pytest.Mark) -> Requirement:
         if mark.name == MEMORY:
             if len(mark.args) != 1 or mark.kwargs:
                 raise ValueError("accepted is one size")
-            return Requirement(who=WHO, memory=bytes_of(mark.args[0]))
+            memory = bytes_of(mark.args[0])
+            if not memory:  # would be met everywhere, without a GPU too
+                raise ValueError(f"{mark.args[0]!r} asks for nothing; accepted is a size above 0")
+            return Requirement(who=WHO, memory=memory)
         if set(mark.kwargs) - {"min"} or not (mark.args or mark.kwargs):
             raise ValueError("accepted are architectures, and min")
+        if mark.kwargs.get("min", "") is None:
+            raise ValueError("min=None asks for nothing; accepted is the form sm_80, sm_90, sm_120")
         return Requirement(who=WHO, archs=mark.args, arch_min=mark.kwargs.get("min"))
     except ValueError as error:
         raise ValueError(f"marker {mark.name}: {error}") from None

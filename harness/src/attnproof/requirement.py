@@ -35,9 +35,9 @@ class Requirement:
     torch_min: str | None = None
 
     def __post_init__(self) -> None:
-        for arch in (*self.archs, *(arch for _, arch in self.dtypes), self.arch_min):
-            if arch is not None:
-                capability_of(arch)
+        least = () if self.arch_min is None else (self.arch_min,)
+        for arch in (*self.archs, *(arch for _, arch in self.dtypes), *least):
+            capability_of(arch)
         for name in ("driver_min", "cuda_min", "torch_min"):
             version = getattr(self, name)
             if version is not None and not _VERSION.fullmatch(version):

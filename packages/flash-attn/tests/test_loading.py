@@ -33,6 +33,21 @@ GLIBC = (
 BUILD_TWO = "pip install flash-attn --no-build-isolation --no-cache-dir --force-reinstall --no-deps"
 
 
+# What setuptools leaves of an editable install: nothing on the path, and a finder that knows where.
+EDITABLE = """
+import sys
+from importlib.util import spec_from_file_location
+
+class Finder:
+    @classmethod
+    def find_spec(cls, fullname, path=None, target=None):
+        if fullname == "flash_attn":
+            return spec_from_file_location(fullname, {file!r})
+
+sys.meta_path.append(Finder)
+"""
+
+
 class Site:
     """A folder on the path, with what is installed in it."""
 
@@ -54,9 +69,10 @@ class Site:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "__init__.py").write_text(textwrap.dedent(source))
 
-    def why_not(self, name: str) -> str:
-        """What is said of the form in a new process that has this folder first on its path."""
-        code = f"import flash_attn_backend as b; print(b.why_not(b.FORMS[{name!r}]))"
+    def why_not(self, name: str, startup: str = "") -> str:
+        """What is said of the form in a new process that has this folder first on its path, and
+        runs ``startup`` first, as Python does a .pth file."""
+        code = f"{startup}\nimport flash_attn_backend as b; print(b.why_not(b.FORMS[{name!r}]))"
         found = subprocess.run(
             [sys.executable, "-c", code],
             env={"PYTHONPATH": str(self.folder), "PATH": ""},
@@ -192,6 +208,31 @@ def test_a_broken_flash_attention_2_breaks_flash_attention_4(site: Site) -> None
     said = site.why_not("flash-attn-4")
     assert "because flash_attn of FlashAttention-2, whose folder it shares, cannot be" in said
     assert said.endswith(f"{BUILD_TWO}, or pip uninstall flash-attn")
+
+
+def test_an_editable_install_is_installed(site: Site, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout" / "flash_attn"
+    checkout.mkdir(parents=True)
+    file = checkout / "__init__.py"
+    file.write_text(FUNCTIONS["flash-attn-2"])
+    startup = EDITABLE.format(file=str(file))
+    site.install("flash-attn", "2.8.3")
+    assert site.why_not("flash-attn-2", startup) == "None"
+    # The finder tells where flash_attn.cute would lie, without flash_attn being imported.
+    file.write_text(raising("ImportError", UNDEFINED))
+    said = site.why_not("flash-attn-4", startup)
+    assert said == f"FlashAttention-4 (flash_attn.cute) is not installed: {FOUR.install}"
+    (checkout / "cute").mkdir()
+    (checkout / "cute" / "__init__.py").write_text(FUNCTIONS["flash-attn-4"])
+    assert "(flash-attn 2 ships an old copy)" in site.why_not("flash-attn-4", startup)
+
+
+def test_an_editable_install_whose_folder_is_gone(site: Site) -> None:
+    said = site.install("flash-attn", "2.8.3").why_not("flash-attn-2")
+    assert said.startswith(
+        "FlashAttention-2 (flash_attn 2.8.3) is installed but not found: the folder of an editable "
+    )
+    assert said.endswith(BUILD_TWO)
 
 
 def test_an_unknown_form() -> None:

@@ -1,6 +1,6 @@
 """Finding and importing a form of the library; what goes wrong becomes a sentence and a remedy.
 
-Nothing is imported where it is absent: it is looked for on the path alone.
+Nothing is imported where it is absent: it is looked for without importing what it lies in.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
@@ -93,10 +94,15 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def _absent(form: Form, installed: str | None) -> str | None:
-    """Why it cannot be there or is too old, by what lies on the path; None otherwise."""
+    """Why it cannot be there or is too old, by what an import would find; None otherwise."""
     spec = _find(form.module)
-    if spec is None:
+    if spec is None and installed is None:
         return f"{form.title} ({form.module}) is not installed: {form.install}"
+    if spec is None:
+        return (
+            f"{form.title} ({form.module} {installed}) is installed but not found: the folder of "
+            f"an editable install is gone, or that of another form hides it; {_rebuild(form)}"
+        )
     if installed is None:
         whose = " (flash-attn 2 ships an old copy)" if form is FLASH_ATTN_4 else ""
         return (
@@ -118,11 +124,21 @@ def _find(module: str) -> ModuleSpec | None:
     spec = None
     names = module.split(".")
     for depth in range(1, len(names) + 1):
-        spec = PathFinder.find_spec(".".join(names[:depth]), path)
+        spec = _spec(".".join(names[:depth]), path)
         if spec is None:
             return None
         path = spec.submodule_search_locations
     return spec if spec is not None and spec.origin is not None else None
+
+
+def _spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
+    """What an import of that name would find: editable installs have finders of their own."""
+    for finder in sys.meta_path:
+        find = getattr(finder, "find_spec", None)
+        if find is not None and (spec := find(name, path, None)) is not None:
+            found: ModuleSpec = spec
+            return found
+    return None
 
 
 def explain(form: Form, installed: str, error: Exception) -> str:
